@@ -1,0 +1,485 @@
+"""Model files: naming, finding, writing, and loading them as data.
+
+    python checkpoints.py se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras
+
+Three kinds are read: our ``.keras``, the published program's Keras 2 ``.hdf5`` (whole model or
+weights only), and Keras 3's ``.h5``. Of each only names and arrays are used: our own network is
+built and the arrays are assigned to it, so nothing that a file says is ever executed.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import re
+import sys
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cli
+from annotations import MTT_TOP_TAGS
+from errors import CheckpointError, UsageError
+
+# Written into a .keras file beside what Keras writes: the network, its tags, and their origin.
+_DESCRIPTION_NAME = "network.json"
+_DESCRIPTION_FORMAT = 1
+_WEIGHTS_NAME = "model.weights.h5"
+
+# The published models' rate; .hdf5 files do not say theirs.
+_PUBLISHED_SAMPLE_RATE = 22050
+_MAX_ARRAY_BYTES = 2**31
+_MAX_OBJECTS = 100_000
+_MAX_TAGS = 100_000
+
+_CHECKPOINT_NAME = re.compile(r"ckpt-e(\d{3,})-l(\d+\.\d{4})\.keras")
+
+
+@dataclass
+class Checkpoint:
+    """A network with its weights, and what its outputs mean.
+
+    Attributes
+    ----------
+    network : keras.Model
+        Not compiled.
+    config : model.NetworkConfig
+        Which network it is.
+    tags : tuple of str
+        Its outputs, in order.
+    sample_rate : int
+        Rate of the segments it takes, in Hz.
+    training : dict
+        What `save` was given as training state.
+    """
+
+    network: "keras.Model"
+    config: "model.NetworkConfig"
+    tags: tuple[str, ...]
+    sample_rate: int = _PUBLISHED_SAMPLE_RATE
+    training: dict = field(default_factory=dict)
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def checkpoint_name(epoch: int, val_loss: float) -> str:
+    """Name a checkpoint by its epoch and validation loss, such as ``ckpt-e004-l0.1538.keras``."""
+    return f"ckpt-e{epoch:03d}-l{val_loss:.4f}.keras"
+
+
+def find_best(stage_dir: str | Path) -> Path | None:
+    """Find the checkpoint of lowest validation loss, or None where there is none.
+
+    Only epochs that improve are kept, so where two losses round to the same name's digits the
+    later one is the lower.
+    """
+    named = []
+    for path in Path(stage_dir).glob("ckpt-*.keras"):
+        if match := _CHECKPOINT_NAME.fullmatch(path.name):
+            named.append((float(match[2]), -int(match[1]), path))
+    return min(named)[2] if named else None
+
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+def save(path: str | Path, checkpoint: Checkpoint, trainer: "keras.Model | None" = None) -> None:
+    """Write a ``.keras`` file, whole or not at all.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where; an earlier file is replaced only by a complete one.
+    checkpoint : Checkpoint
+        What.
+    trainer : keras.Model or None
+        The compiled model that shares the network's layers: its optimizer's state is written too.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.tmp.keras")
+    description = {
+        "format": _DESCRIPTION_FORMAT,
+        "network": checkpoint.config.to_json(),
+        "tags": list(checkpoint.tags),
+        "sample_rate": checkpoint.sample_rate,
+        "training": checkpoint.training,
+    }
+    try:
+        (trainer or checkpoint.network).save(temporary)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            archive.writestr(_DESCRIPTION_NAME, json.dumps(description, indent=1))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- Loading -------------------------------------------------------------------------------------
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Load a model file as one of our networks.
+
+    Parameters
+    ----------
+    path : str or Path
+        A ``.keras``, ``.hdf5`` or ``.h5`` file.
+
+    Returns
+    -------
+    Checkpoint
+        With weights; tags of an ``.hdf5`` are MagnaTagATune's where it has 50 outputs, and
+        'tag 0', 'tag 1', … otherwise.
+
+    Raises
+    ------
+    CheckpointError
+        It is not such a file, or its arrays do not make one of our networks.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder: name one of the model files in it")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        magic = file.read(8)
+    if magic.startswith(b"PK"):
+        return _load_keras(path)
+    if magic == b"\x89HDF\r\n\x1a\n":
+        return _load_hdf5(path)
+    raise CheckpointError(f"{path}: not a model file: expected .keras, .hdf5 or .h5")
+
+
+def load_optimizer(path: str | Path, trainer: "keras.Model") -> None:
+    """Give a compiled model the optimizer and random state that `save` wrote with its trainer.
+
+    Raises
+    ------
+    CheckpointError
+        The file's state is of another optimizer or network.
+    """
+    trainer.optimizer.build(trainer.trainable_variables)
+    with _open_keras_weights(Path(path)) as file:
+        datasets = _datasets(file, path)
+        variables = {
+            f"optimizer/vars/{number}": variable
+            for number, variable in enumerate(trainer.optimizer.variables)
+        }
+        for layer, place in _class_places(trainer).items():
+            if hasattr(layer, "seed_generator"):
+                variables[f"layers/{place}/seed_generator/vars/0"] = layer.seed_generator.state
+        for place, variable in variables.items():
+            _assign(variable, datasets.get(place), place, path)
+
+
+def _load_keras(path: Path) -> Checkpoint:
+    from model import NetworkConfig, build_network
+
+    description = _read_description(path)
+    try:
+        config = NetworkConfig(**description["network"])
+        tags = tuple(description["tags"])
+        sample_rate = int(description["sample_rate"])
+        training = dict(description.get("training", {}))
+        is_valid = len(tags) == config.num_tags and all(isinstance(tag, str) for tag in tags)
+        _check_sizes(config)
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise CheckpointError(f"{path}: its description is not of our form: {error}") from None
+    if not is_valid:
+        raise CheckpointError(
+            f"{path}: names {len(tags)} tags for a network of {config.num_tags} outputs"
+        )
+    network = build_network(config)
+    with _open_keras_weights(path) as file:
+        datasets = _datasets(file, path)
+        for layer, place in _class_places(network).items():
+            for number, variable in enumerate(layer.weights):
+                name = f"layers/{place}/vars/{number}"
+                _assign(variable, datasets.get(name), f"{layer.name} ({name})", path)
+    return Checkpoint(network, config, tags, sample_rate, training)
+
+
+def _read_description(path: Path) -> dict:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = archive.getinfo(_DESCRIPTION_NAME).file_size
+            if size > 2**24:
+                raise CheckpointError(f"{path}: its description is of {size} bytes, far too many")
+            description = json.loads(archive.read(_DESCRIPTION_NAME))
+    except KeyError:
+        raise CheckpointError(
+            f"{path}: a .keras file of another program (it holds no {_DESCRIPTION_NAME})"
+        ) from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != _DESCRIPTION_FORMAT:
+        raise CheckpointError(f"{path}: its description is not of format {_DESCRIPTION_FORMAT}")
+    return description
+
+
+def _open_keras_weights(path: Path):
+    import h5py
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(_WEIGHTS_NAME)
+            # Keras stores arrays uncompressed, or nearly; more is a bomb.
+            if info.file_size > 8 * max(info.compress_size, 2**20):
+                raise CheckpointError(f"{path}: its weights unpack to {info.file_size} bytes")
+            content = archive.read(_WEIGHTS_NAME)
+        return h5py.File(io.BytesIO(content), "r")
+    except KeyError:
+        raise CheckpointError(f"{path}: holds no weights ({_WEIGHTS_NAME})") from None
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    except zipfile.zlib.error as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+def _class_places(network) -> dict:
+    """Give each layer's place in a Keras 3 weights file: its class's name and a running number."""
+    counts = {}
+    places = {}
+    for layer in network.layers:
+        name = re.sub(r"([a-z])([A-Z])", r"\1_\2", type(layer).__name__)
+        name = {"Conv1D": "conv1d", "ReLU": "re_lu"}.get(type(layer).__name__, name).lower()
+        number = counts[name] = counts.get(name, -1) + 1
+        places[layer] = f"{name}_{number}" if number else name
+    return places
+
+
+def _load_hdf5(path: Path) -> Checkpoint:
+    from model import build_network
+
+    import h5py
+
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    with file:
+        arrays = _layer_arrays(_datasets(file, path), path)
+        config = _infer_config(arrays, path)
+        _check_sizes(config)
+        network = build_network(config)
+        for kind, layers in _layers_by_kind(network).items():
+            # _infer_config has counted them; shapes are checked one by one.
+            for layer, (name, datasets) in zip(layers, arrays[kind], strict=True):
+                for variable, dataset in zip(layer.weights, datasets, strict=True):
+                    _assign(variable, dataset, name, path)
+    num_tags = config.num_tags
+    is_mtt = num_tags == len(MTT_TOP_TAGS)
+    tags = MTT_TOP_TAGS if is_mtt else tuple(f"tag {number}" for number in range(num_tags))
+    return Checkpoint(network, config, tags)
+
+
+# The layers that hold weights, and the arrays of each in Keras's order.
+_KINDS = {
+    "convolution": ("kernel", "bias"),
+    "dense": ("kernel", "bias"),
+    "batch normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+}
+
+
+def _layer_arrays(datasets: dict, path: Path) -> dict[str, list]:
+    """Gather an .hdf5 file's arrays by layer, each kind in the order of creation."""
+    layers = {}
+    for place, dataset in datasets.items():
+        parts = place.split("/")
+        if "optimizer_weights" in parts:
+            continue
+        weight = re.sub(r":\d+$", "", parts[-1])
+        layer = parts[-2] if len(parts) > 1 else ""
+        if weight in layers.setdefault(layer, {}):
+            raise CheckpointError(f"{path}: layer {layer!r} has two arrays {weight!r}")
+        layers[layer][weight] = dataset
+
+    arrays = {kind: [] for kind in _KINDS}
+    for layer, weights in layers.items():
+        if weights.keys() == set(_KINDS["batch normalization"]):
+            kind = "batch normalization"
+        elif weights.keys() == {"kernel", "bias"} and weights["kernel"].ndim == 3:
+            kind = "convolution"
+        elif weights.keys() == {"kernel", "bias"} and weights["kernel"].ndim == 2:
+            kind = "dense"
+        else:
+            found = ", ".join(f"{name} {data.shape}" for name, data in sorted(weights.items()))
+            raise CheckpointError(
+                f"{path}: layer {layer!r} holds {found}: expected a convolution in one dimension, "
+                "a dense layer or a batch normalization"
+            )
+        arrays[kind].append((layer, [weights[name] for name in _KINDS[kind]]))
+    for kind, found in arrays.items():
+        try:
+            found.sort(key=lambda entry: _creation_order(entry[0]))
+        except (ValueError, TypeError):
+            names = ", ".join(repr(name) for name, _ in found[:3])
+            raise CheckpointError(
+                f"{path}: {kind} layers are named {names}…: expected Keras's numbered names or ours"
+            ) from None
+    return arrays
+
+
+def _creation_order(layer: str) -> tuple:
+    """Order layers as they were made.
+
+    A Keras 2 file lists layers by depth, in which the equal-shaped convolutions of residual
+    blocks swap; the numbers in automatic names count their creation. In ours the place is the
+    order: within a residual block the shortcut is made first.
+    """
+    if match := re.fullmatch(r"(?:conv1d|dense|batch_normalization)(?:_(\d+))?", layer):
+        return (0, int(match[1] or 0), 0)
+    match = re.fullmatch(r"(conv0|hidden|tags|block(\d)_(\w+?))(?:_bn)?", layer)
+    if not match:
+        raise ValueError(layer)
+    parts = ("shortcut", "conv1", "conv2", "se_fc", "se_excitation")
+    if match[2]:
+        return (1, int(match[2]), parts.index(match[3]))
+    return (1, {"conv0": -1, "hidden": 10, "tags": 11}[match[1]], 0)
+
+
+def _layers_by_kind(network) -> dict[str, list]:
+    kinds = {"Conv1D": "convolution", "Dense": "dense", "BatchNormalization": "batch normalization"}
+    layers = {kind: [] for kind in _KINDS}
+    for layer in network.layers:
+        if type(layer).__name__ in kinds:
+            layers[kinds[type(layer).__name__]].append(layer)
+    for found in layers.values():
+        found.sort(key=lambda layer: _creation_order(layer.name))
+    return layers
+
+
+def _infer_config(arrays: dict[str, list], path: Path):
+    """Tell the network from the shapes of its kernels."""
+    from model import NUM_BLOCKS, NetworkConfig
+
+    kernels = [datasets[0].shape for _, datasets in arrays["convolution"]]
+    denses = [datasets[0].shape for _, datasets in arrays["dense"]]
+    found = (
+        f"{len(kernels)} convolutions, {len(denses)} dense layers and "
+        f"{len(arrays['batch normalization'])} batch normalizations"
+    )
+    is_residual = len(kernels) > 1 + NUM_BLOCKS
+    has_se = len(denses) > 2
+    block = {
+        (False, True): "se", (True, True): "rese", (True, False): "res", (False, False): "basic",
+    }[is_residual, has_se]  # fmt: skip
+    # Widths change in the third and the ninth block: there the shortcut is a convolution too.
+    num_convolutions = 1 + 2 * NUM_BLOCKS + 2 if is_residual else 1 + NUM_BLOCKS
+    num_denses = 2 * NUM_BLOCKS + 2 if has_se else 2
+    expected = (num_convolutions, num_denses, num_convolutions + 1)
+    if (len(kernels), len(denses), len(arrays["batch normalization"])) != expected:
+        raise CheckpointError(
+            f"{path}: found {found}: expected {expected[0]}, {expected[1]} and {expected[2]} for "
+            f"a network of {block} blocks"
+        )
+    features = kernels[0][2]
+    last_width = kernels[-1][2]
+    return NetworkConfig(
+        block=block,
+        multi=denses[-2][0] != last_width,
+        num_tags=denses[-1][1],
+        init_features=features,
+        alpha=denses[0][1] / features if has_se and features else 16.0,
+    )
+
+
+def _check_sizes(config) -> None:
+    limits = {"init_features": 4096, "alpha": 256, "num_tags": _MAX_TAGS, "num_samples": 2**26}
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not 0 < value <= limit:
+            raise CheckpointError(f"{name} is {value!r}: expected a number above 0 up to {limit}")
+
+
+def _datasets(file, path: str | Path) -> dict:
+    """List a file's arrays by place, following no link and trusting no declared size."""
+    import h5py
+
+    datasets = {}
+    groups = [("", file)]
+    num_objects = 0
+    try:
+        while groups:
+            prefix, group = groups.pop()
+            for name in group:
+                num_objects += 1
+                link = group.get(name, getlink=True)
+                if num_objects > _MAX_OBJECTS or prefix.count("/") > 16:
+                    raise CheckpointError(f"{path}: holds far more than a network")
+                if not isinstance(link, h5py.HardLink):
+                    raise CheckpointError(f"{path}: {prefix}{name} is a link: links are refused")
+                found = group[name]
+                if isinstance(found, h5py.Group):
+                    groups.append((f"{prefix}{name}/", found))
+                elif isinstance(found, h5py.Dataset):
+                    _check_dataset(found, f"{prefix}{name}", path)
+                    datasets[f"{prefix}{name}"] = found
+                else:
+                    raise CheckpointError(f"{path}: {prefix}{name} is neither array nor group")
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, UnicodeError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    return datasets
+
+
+def _check_dataset(dataset, name: str, path: str | Path) -> None:
+    if dataset.external or dataset.is_virtual:
+        raise CheckpointError(f"{path}: {name} lies in another file: refused")
+    if dataset.shape is None:
+        raise CheckpointError(f"{path}: {name} is empty")
+    size = math.prod(dataset.shape) * dataset.dtype.itemsize
+    # Keras writes arrays plain: one that claims more bytes than the file gives it is no array.
+    if size > _MAX_ARRAY_BYTES or size != dataset.id.get_storage_size():
+        raise CheckpointError(
+            f"{path}: {name} declares {size} bytes and stores {dataset.id.get_storage_size()}"
+        )
+
+
+def _assign(variable, dataset, name: str, path: str | Path) -> None:
+    if dataset is None:
+        raise CheckpointError(f"{path}: no array for {name}")
+    if tuple(dataset.shape) != tuple(variable.shape):
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(dataset.shape)}: expected {tuple(variable.shape)}"
+        )
+    if dataset.dtype.kind not in "fiu":
+        raise CheckpointError(f"{path}: {name} holds {dataset.dtype}: expected numbers")
+    variable.assign(dataset[()])
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(
+        "Convert a model file, such as a published .hdf5, to our .keras.",
+        "  python checkpoints.py se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a .hdf5, .h5 or .keras file")
+    parser.add_argument("output", metavar="OUTPUT", help="the .keras file to write")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(_convert, build_parser().parse_args(argv))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    cli.import_quietly("keras")
+    output = Path(arguments.output)
+    if output.suffix != ".keras":
+        raise UsageError(f"{output}: expected a name that ends in .keras")
+    checkpoint = load(arguments.model)
+    save(output, checkpoint)
+    config = checkpoint.config
+    cli.say(
+        f"{output}: {config.block} blocks{', multi-level' if config.multi else ''}, "
+        f"{config.init_features} features, {config.num_tags} tags"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What scripts share at the command line: argument types, quiet libraries, errors, exit status."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+MINIMUM_PYTHON = (3, 11)
+
+# Scripts import this module before any that an old Python cannot run.
+if sys.version_info < MINIMUM_PYTHON:
+    sys.exit(
+        "Python {}.{} or later is needed, this is {}.{}: name one with make PYTHON=python3.12, or "
+        "make a virtual environment with it".format(*MINIMUM_PYTHON, *sys.version_info[:2])
+    )
+
+from errors import ToolkitError
+
+from tqdm import tqdm
+
+
+def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """Make a parser with the look and the ``--verbose`` that every script has.
+
+    Parameters
+    ----------
+    description : str
+        What the script does, in a sentence or two.
+    examples : str
+        Commands that work as typed, shown at the end of ``--help``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="on an error, show the traceback too (default: off)"
+    )
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    return _number(int, text, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def non_negative_int(text: str) -> int:
+    """Parse an integer of at least 0."""
+    return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    return _number(float, text, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    """Parse a finite number of at least 0."""
+    return _number(float, text, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def rate(text: str) -> float:
+    """Parse a share in [0, 1), such as a dropout rate or a momentum."""
+    return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def _number(kind: type, text: str, is_valid: Callable, wanted: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_valid(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def import_quietly(*modules: str) -> None:
+    """Import libraries without the chatter that a user cannot act on.
+
+    Parameters
+    ----------
+    *modules : str
+        Names of modules, such as ``keras``, that talk while they are first imported.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # TensorFlow's C++ side writes to the descriptor itself before it reads any setting.
+    with tempfile.TemporaryFile() as said:
+        sys.stderr.flush()
+        standard_error = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except BaseException:
+            said.seek(0)
+            os.write(standard_error, said.read())
+            raise
+        finally:
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
+
+
+def progress(iterable=None, **options) -> tqdm:
+    """Show progress on standard error: live on a terminal, a line now and then in a log.
+
+    Parameters
+    ----------
+    iterable : iterable or None
+        What to go through; None to call ``update`` by hand.
+    **options
+        As for ``tqdm.tqdm``.
+    """
+    if not sys.stderr.isatty():
+        options = {"mininterval": 10, "maxinterval": 10, "ascii": True, "ncols": 79} | options
+    return tqdm(iterable, **options)
+
+
+def say(message: str) -> None:
+    """Talk to the person at the terminal; standard output is kept for data."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
+    """Run a stage and turn its errors into one line and an exit status.
+
+    Parameters
+    ----------
+    stage : callable
+        Takes the parsed arguments, returns an exit status or None for success.
+    arguments : argparse.Namespace
+        The parsed command line.
+
+    Returns
+    -------
+    int
+        0 for success, 2 for usage errors, 1 for the rest, 128 + n after signal n.
+    """
+    try:
+        return stage(arguments) or 0
+    except ToolkitError as error:
+        return _report(error, str(error), error.exit_status, arguments.verbose)
+    except KeyboardInterrupt as error:
+        return _report(error, "interrupted", 130, arguments.verbose)
+    except BrokenPipeError:
+        # The reader of our output (head, say) has left; that is its right. Standard output is
+        # pointed elsewhere so that the interpreter's last flush does not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _report(error, describe_os_error(error), 1, arguments.verbose)
+    except MemoryError as error:
+        return _report(
+            error, "out of memory: a smaller --batch-size may help", 1, arguments.verbose
+        )
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say an operating system's error in one line that names the file."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _report(error: BaseException, message: str, exit_status: int, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exception(error)
+    say(f"{Path(sys.argv[0]).name}: error: {message}")
+    return exit_status

@@ -1,0 +1,132 @@
+"""Extract the mean excitations of the test clips into a pandas DataFrame.
+
+    python extract_excitations.py log/4/ckpt-e003-l0.1234.keras --data-dir ./dataset
+    python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5 --out ./excitations.pkl
+
+One row a clip and depth: ``ex``, the clip's mean excitation (float32, one value a channel);
+``depth``, 0 for the first block to 8 for the last; one 0/1 column a tag; ``clip_id``; ``mp3_path``.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import cli
+from errors import UsageError
+from evaluation import DEFAULT_BATCH_SIZE, check_fits, predict_clips
+from input_data import open_dataset, read_clips
+
+import numpy as np
+
+
+def extract(
+    model_path: str | Path, data_dir: str | Path, batch_size: int = DEFAULT_BATCH_SIZE
+) -> "pd.DataFrame":
+    """Compute the mean excitation of every test clip at every depth.
+
+    Parameters
+    ----------
+    model_path : str or Path
+        A model of se or rese blocks (see `checkpoints.load`).
+    data_dir : str or Path
+        The dataset's folder.
+    batch_size : int
+        Segments a batch.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row a clip and depth, as the module's docstring says.
+
+    Raises
+    ------
+    UsageError
+        The model has no excitations, or is not for this dataset.
+    """
+    import checkpoints
+    from model import build_excitations, compiles_faster
+
+    import pandas as pd
+
+    dataset = open_dataset(data_dir)
+    test = dataset.splits["test"]
+    if not test.num_clips:
+        raise UsageError(f"{data_dir}: no test clips to take excitations of")
+    checkpoint = checkpoints.load(model_path)
+    excitations = build_excitations(checkpoint.network)
+    check_fits(dataset, checkpoint)
+    excitations.compile(jit_compile=compiles_faster(checkpoint.config.block))
+
+    means, labels, identities = [], [], []
+    shown = cli.progress(
+        read_clips(test.shards, dataset.num_samples),
+        total=test.num_clips, unit="clip", desc="extracting",
+    )  # fmt: skip
+    for clip, outputs in predict_clips(excitations, shown, batch_size):
+        for depth, output in enumerate(outputs):
+            means.append((output.mean(axis=0, dtype=np.float64).astype(np.float32), depth))
+            labels.append(clip.labels)
+            identities.append((clip.clip_id, clip.mp3_path))
+    return pd.concat(
+        [
+            pd.DataFrame(means, columns=["ex", "depth"]),
+            pd.DataFrame(np.array(labels), columns=list(dataset.tags)),
+            pd.DataFrame(identities, columns=["clip_id", "mp3_path"]),
+        ],
+        axis=1,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(
+        "Extract the mean excitations of the test clips into a pandas DataFrame.",
+        "  python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5\n"
+        "  python extract_excitations.py log/4/ckpt-e003-l0.1234.keras --out ./excitations.pkl",
+    )
+    parser.add_argument(
+        "model_path", metavar="MODEL_PATH", help="a .keras, .hdf5 or .h5 file of se or rese blocks"
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="PATH",
+        default="./dataset",
+        help="folder of the dataset, which holds tfrecord/ (default: ./dataset)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        default="./excitations.pkl",
+        help="file to write (default: ./excitations.pkl)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=cli.positive_int,
+        default=DEFAULT_BATCH_SIZE,
+        help=f"segments a batch (default: {DEFAULT_BATCH_SIZE})",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(_extract, build_parser().parse_args(argv))
+
+
+def _extract(arguments: argparse.Namespace) -> None:
+    if not Path(arguments.model_path).exists():
+        raise UsageError(f"{arguments.model_path}: no such model file")
+    output = Path(arguments.out)
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
+    open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
+    cli.import_quietly("keras")
+    table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
+    temporary = output.with_name(f".{output.name}.tmp")
+    table.to_pickle(temporary)
+    temporary.replace(output)
+    num_clips = len(table) // table["depth"].nunique()
+    cli.say(f"{output}: {len(table)} rows, {num_clips} clips at {table['depth'].nunique()} depths")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""The network: sample-level blocks and their aggregation, all of it in this single file.
+
+Kim, Lee and Nam, "Sample-level CNN Architectures for Music Auto-tagging Using Raw Waveforms",
+ICASSP 2018 (arXiv 1710.10451). Keras 3, functional, of built-in layers only, on any backend.
+
+Small parts first, the network last. A convolution's layers are named by place: ``block3_conv1``,
+``block3_conv1_bn``, …, ``block3_se_excitation``.
+"""
+
+from dataclasses import asdict, dataclass
+
+from errors import UsageError
+
+import keras
+from keras import layers, ops
+
+BLOCKS = ("se", "rese", "res", "basic")
+INITIALIZERS = ("published", "he")
+SAMPLES_PER_SEGMENT = 59049  # 3^10: the first convolution and nine poolings by 3 leave one frame
+NUM_BLOCKS = 9
+# Features of the nine blocks, in units of the first convolution's.
+_WIDTHS = (1, 1, 2, 2, 2, 2, 2, 2, 4)
+_BLOCK_DROPOUT = 0.2
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What makes one of the paper's networks."""
+
+    block: str = "se"  # se, rese, res or basic
+    multi: bool = True  # aggregate the last three blocks, not only the last
+    num_tags: int = 50
+    init_features: int = 128  # of the first convolution; the blocks have 1, 2 and 4 times as many
+    alpha: float = 16.0  # width of the SE's hidden layer over its input's
+    dropout: float = 0.5  # before the output
+    weight_decay: float = 0.0  # L2 of the convolutions' kernels
+    initializer: str = "published"  # of the convolutions' kernels, see `kernel_initializer`
+    num_samples: int = SAMPLES_PER_SEGMENT
+
+    def __post_init__(self):
+        if self.block not in BLOCKS:
+            raise UsageError(f"block must be one of {', '.join(BLOCKS)}. Received: {self.block!r}")
+        if self.initializer not in INITIALIZERS:
+            raise UsageError(
+                f"initializer must be one of {', '.join(INITIALIZERS)}. "
+                f"Received: {self.initializer!r}"
+            )
+        if self.num_samples < SAMPLES_PER_SEGMENT:
+            raise UsageError(
+                f"segments must have at least {SAMPLES_PER_SEGMENT} samples, which the ten "
+                f"reductions by 3 need. Received: {self.num_samples}"
+            )
+
+    @property
+    def has_excitations(self) -> bool:
+        """Whether the blocks squeeze and excite."""
+        return self.block in ("se", "rese")
+
+    def to_json(self) -> dict:
+        """Give the fields as plain values for a file."""
+        return asdict(self)
+
+
+# --- Parts -------------------------------------------------------------------------------------
+
+
+def kernel_initializer(name: str, kernel: tuple[int, int, int]) -> keras.Initializer:
+    """Give the initial distribution of a convolution's kernel.
+
+    The published program asked for he_uniform (kernels 3 wide) and glorot_uniform (1 wide), but
+    the Keras 2.0.5 it ran on took a kernel's fans over its first two axes, which in one dimension
+    gives fan_in = k c_in c_in and fan_out = k c_in c_out: far smaller weights, on which, before
+    batch normalisation, the published results rest (keras issue 8430). 'published' draws those,
+    'he' what the names say.
+
+    Parameters
+    ----------
+    name : {'published', 'he'}
+        Which fans.
+    kernel : tuple of int
+        Width, input channels and output channels.
+    """
+    width, channels_in, channels_out = kernel
+    receptive_field = width * channels_in if name == "published" else width
+    fan_in, fan_out = receptive_field * channels_in, receptive_field * channels_out
+    scale = 6 / (fan_in + fan_out) if width == 1 else 6 / fan_in
+    return keras.initializers.RandomUniform(-(scale**0.5), scale**0.5)
+
+
+def batch_norm(x, name: str):
+    """Normalise over the batch, with the paper's momentum and epsilon; in float32 inside."""
+    return layers.BatchNormalization(momentum=0.99, epsilon=1e-3, name=name)(x)
+
+
+def conv_bn(x, features: int, config: NetworkConfig, name: str, width=3, strides=1, padding="same"):
+    """Convolve and normalise."""
+    kernel = (width, x.shape[-1], features)
+    x = layers.Conv1D(
+        features,
+        width,
+        strides=strides,
+        padding=padding,
+        kernel_initializer=kernel_initializer(config.initializer, kernel),
+        kernel_regularizer=keras.regularizers.L2(config.weight_decay)
+        if config.weight_decay
+        else None,
+        name=name,
+    )(x)
+    return batch_norm(x, name=f"{name}_bn")
+
+
+def pool_relu(x, name: str):
+    """Take the maximum of every three frames, then rectify.
+
+    The two commute, and this order rectifies a third of the frames. Reshape and maximum is the
+    same function as a pooling layer, with a gradient that is cheaper on every backend.
+    """
+    _, frames, channels = x.shape
+    x = x[:, : frames // 3 * 3] if frames % 3 else x
+    x = layers.Reshape((frames // 3, 3, channels), name=f"{name}_frames")(x)  # (B, N/3, 3, C)
+    x = ops.max(x, axis=2)  # (B, N/3, C)
+    return layers.ReLU(name=f"{name}_relu")(x)
+
+
+def squeeze_excite(x, alpha: float, name: str):
+    """Scale each channel by an excitation in (0, 1) computed from the mean of all channels."""
+    channels = x.shape[-1]
+    squeeze = layers.GlobalAveragePooling1D(dtype="float32", name=f"{name}_squeeze")(x)  # (B, C)
+    y = layers.Dense(int(channels * alpha), activation="relu", name=f"{name}_fc")(squeeze)
+    y = layers.Dense(channels, activation="sigmoid", name=f"{name}_excitation")(y)  # (B, C)
+    y = layers.Reshape((1, channels), name=f"{name}_scale")(y)
+    return layers.Multiply(name=name)([x, y])
+
+
+# --- Blocks: (B, N, C) -> (B, N/3, features) -----------------------------------------------------
+
+
+def basic_block(x, features: int, config: NetworkConfig, name: str):
+    """Convolution, pooling."""
+    return pool_relu(conv_bn(x, features, config, name=f"{name}_conv1"), name=name)
+
+
+def se_block(x, features: int, config: NetworkConfig, name: str):
+    """Convolution, pooling, squeeze and excitation."""
+    x = basic_block(x, features, config, name)
+    return squeeze_excite(x, config.alpha, name=f"{name}_se")
+
+
+def res_block(x, features: int, config: NetworkConfig, name: str, with_se: bool = False):
+    """Two convolutions beside a shortcut, pooling."""
+    shortcut = x
+    if x.shape[-1] != features:
+        shortcut = conv_bn(x, features, config, name=f"{name}_shortcut", width=1)
+    x = conv_bn(x, features, config, name=f"{name}_conv1")
+    x = layers.ReLU(name=f"{name}_conv1_relu")(x)
+    x = layers.Dropout(_BLOCK_DROPOUT, name=f"{name}_dropout")(x)
+    x = conv_bn(x, features, config, name=f"{name}_conv2")
+    if with_se:
+        x = squeeze_excite(x, config.alpha, name=f"{name}_se")
+    x = layers.Add(name=f"{name}_add")([shortcut, x])
+    return pool_relu(x, name=name)
+
+
+def rese_block(x, features: int, config: NetworkConfig, name: str):
+    """Residual block with squeeze and excitation before the addition."""
+    return res_block(x, features, config, name, with_se=True)
+
+
+_BUILD_BLOCK = {"se": se_block, "rese": rese_block, "res": res_block, "basic": basic_block}
+
+
+# --- The network ---------------------------------------------------------------------------------
+
+
+def build_network(config: NetworkConfig) -> keras.Model:
+    """Build a network with fresh weights.
+
+    Parameters
+    ----------
+    config : NetworkConfig
+        Which network.
+
+    Returns
+    -------
+    keras.Model
+        From segments [shape=(batch, num_samples), float32, full scale 1] to tag probabilities
+        [shape=(batch, num_tags), float32].
+    """
+    segments = keras.Input((config.num_samples,), dtype="float32", name="segments")
+    x = layers.Reshape((config.num_samples, 1), name="samples")(segments)  # (B, N, 1)
+    x = conv_bn(x, config.init_features, config, name="conv0", strides=3, padding="valid")
+    x = layers.ReLU(name="conv0_relu")(x)  # (B, N/3, F)
+
+    outputs = []
+    for number, width in enumerate(_WIDTHS):
+        features = width * config.init_features
+        x = _BUILD_BLOCK[config.block](x, features, config, name=f"block{number}")
+        outputs.append(x)  # (B, N/3^(number + 2), width F)
+
+    first = NUM_BLOCKS - 3 if config.multi else NUM_BLOCKS - 1
+    maxima = [
+        layers.GlobalMaxPooling1D(name=f"block{number}_max")(outputs[number])
+        for number in range(first, NUM_BLOCKS)
+    ]
+    x = layers.Concatenate(name="multi")(maxima) if config.multi else maxima[0]
+    x = layers.Dense(x.shape[-1], name="hidden")(x)
+    x = batch_norm(x, name="hidden_bn")
+    x = layers.ReLU(name="hidden_relu")(x)
+    x = layers.Dropout(config.dropout, name="hidden_dropout")(x)
+    # The output, and so the loss, stay in float32 under mixed precision.
+    tags = layers.Dense(config.num_tags, activation="sigmoid", dtype="float32", name="tags")(x)
+    return keras.Model(segments, tags, name=f"{config.block}{'_multi' if config.multi else ''}")
+
+
+def build_excitations(network: keras.Model) -> keras.Model:
+    """Build the model of a network's excitations, sharing its weights.
+
+    Parameters
+    ----------
+    network : keras.Model
+        A network of se or rese blocks.
+
+    Returns
+    -------
+    keras.Model
+        From segments to a list of nine arrays [shape=(batch, channels), float32], first block to
+        last: the outputs in (0, 1) that scale each block's channels.
+
+    Raises
+    ------
+    UsageError
+        The network's blocks have no excitations.
+    """
+    names = [f"block{number}_se_excitation" for number in range(NUM_BLOCKS)]
+    if names[0] not in {layer.name for layer in network.layers}:
+        raise UsageError(
+            f"a network of {network.name.split('_')[0]} blocks has no excitations: "
+            "take a model of se or rese blocks"
+        )
+    return keras.Model(network.input, [network.get_layer(name).output for name in names])
+
+
+def compiles_faster(block: str) -> bool:
+    """Whether compiling this network by XLA pays on the backend and device at hand.
+
+    On TensorFlow's CPU device, compiled se and basic are the fastest, and compiled rese and res
+    an order of magnitude slower than plain (docs/performance.md).
+    """
+    if keras.backend.backend() == "tensorflow":
+        return block in ("se", "basic")
+    return keras.backend.backend() == "jax"
