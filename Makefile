@@ -1,0 +1,45 @@
+# Two commands do everything: `make demo` and `make test`. Each step can be typed by hand too
+# (README.md). A Python other than python3: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO = demo
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python make_demo_dataset.py --out $(DEMO)/dataset
+	$(BIN)/python build_mtt.py --data-dir $(DEMO)/dataset
+	$(BIN)/python train.py --data-dir $(DEMO)/dataset --train-dir $(DEMO)/log \
+	  --init-features 16 --lr 0.05 --num-lr-decays 2 --max-epochs 10
+	$(BIN)/python eval.py $(DEMO)/log/1 --data-dir $(DEMO)/dataset --report $(DEMO)/report
+	$(BIN)/python extract_excitations.py $(DEMO)/log/1 --data-dir $(DEMO)/dataset \
+	  --out $(DEMO)/excitations.pkl
+	EXCITATIONS=$(DEMO)/excitations.pkl DATA_DIR=$(DEMO)/dataset $(BIN)/jupyter nbconvert \
+	  --to notebook --execute excitation_analysis.ipynb --output-dir $(DEMO) \
+	  --ExecutePreprocessor.timeout=300 --log-level ERROR
+	@echo
+	@echo "The demo is complete:"
+	@echo "  $(DEMO)/dataset                    synthetic clips, their annotations and shards"
+	@echo "  $(DEMO)/log                        checkpoints, training.csv and event logs of 2 stages"
+	@echo "  $(DEMO)/report                     test scores: metrics.json, per_tag.csv, per_tag.png"
+	@echo "  $(DEMO)/excitations.pkl            mean excitations of the test clips"
+	@echo "  $(DEMO)/excitation_analysis.ipynb  the analysis, executed on them"
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# One environment for all: what the toolkit imports, then tests, lint and Jupyter.
+$(VENV)/installed: requirements.txt requirements/dev.txt
+	@$(PYTHON) -B cli.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements/dev.txt
+	touch $@
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
