@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = demo
 
-.PHONY: demo test lint clean
+.PHONY: demo notebook test lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python make_demo_dataset.py --out $(DEMO)/dataset
@@ -26,6 +26,19 @@ demo: $(VENV)/installed
 	@echo "  $(DEMO)/report                     test scores: metrics.json, per_tag.csv, per_tag.png"
 	@echo "  $(DEMO)/excitations.pkl            mean excitations of the test clips"
 	@echo "  $(DEMO)/excitation_analysis.ipynb  the analysis, executed on them"
+
+# The committed notebook: executed on the demo, its controls' state and its timings left out.
+notebook: $(VENV)/installed
+	EXCITATIONS=$(DEMO)/excitations.pkl DATA_DIR=$(DEMO)/dataset FIGURES_DIR=docs/images \
+	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace excitation_analysis.ipynb \
+	  --ExecutePreprocessor.record_timing=False \
+	  --ExecutePreprocessor.store_widget_state=False
+	$(BIN)/jupyter nbconvert --to notebook --inplace excitation_analysis.ipynb \
+	  --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_all_outputs_tags=interactive \
+	  --ClearMetadataPreprocessor.enabled=True \
+	  --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
+	  --ClearMetadataPreprocessor.clear_notebook_metadata=False
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

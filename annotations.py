@@ -72,6 +72,8 @@ def read_mtt(path: str | Path, num_tags: int = NUM_TAGS) -> tuple[pd.DataFrame, 
         _split_of(mp3_path, row, path) for row, mp3_path in enumerate(table[MP3_PATH])
     ]
     is_tagged = labels[:, columns].any(axis=1)
+    if not is_tagged.any():
+        raise AnnotationsError(f"{path}: no clip carries a tag: every label is 0")
     return clips[is_tagged].reset_index(drop=True), tags
 
 
@@ -144,11 +146,13 @@ def missing_dataset_message(data_dir: str | Path) -> str:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
+    form = {
+        "sep": "\t", "dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_MINIMAL,
+        "encoding": "utf-8-sig",
+    }  # fmt: skip
     try:
-        table = pd.read_csv(
-            path, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_MINIMAL,
-            encoding="utf-8-sig",
-        )  # fmt: skip
+        table = pd.read_csv(path, **form)
+        header = pd.read_csv(path, header=None, nrows=1, **form).iloc[0]
     except FileNotFoundError:
         raise AnnotationsError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -162,8 +166,14 @@ def _read_table(path: Path) -> pd.DataFrame:
         if column not in table.columns:
             raise AnnotationsError(
                 f"{path}: no column {column!r}: found {len(table.columns)} columns, the first "
-                f"{table.columns[0]!r}; expected {CLIP_ID!r}, one column a tag, {MP3_PATH!r}"
+                f"{table.columns[0][:40]!r}; expected {CLIP_ID!r}, one column a tag, {MP3_PATH!r}"
             )
+    # pandas renames the second of two like-named columns; a split's column would replace a tag's.
+    repeated = [*header[header.duplicated()], *({"split", "shard"} & set(header))]
+    if repeated:
+        raise AnnotationsError(
+            f"{path}: row 1, column {repeated[0]!r}: the name is taken; rename this column"
+        )
     if len(table.columns) < 3:
         raise AnnotationsError(f"{path}: no tag columns between {CLIP_ID!r} and {MP3_PATH!r}")
     if table.empty:
@@ -178,12 +188,16 @@ def _binary_labels(table: pd.DataFrame, tag_columns: list[str], path: str | Path
         row, column = np.argwhere(~is_binary)[0]
         raise AnnotationsError(
             f"{path}: row {row + 2}, column {tag_columns[column]!r}: found "
-            f"{values[row, column]!r}, expected 0 or 1"
+            f"{str(values[row, column])!r}, expected 0 or 1"
         )
     return (values == "1").astype(np.uint8)
 
 
 def _check_unique(table: pd.DataFrame, path: str | Path) -> None:
+    is_unnamed = (table[CLIP_ID] == "").to_numpy()
+    if is_unnamed.any():
+        row = int(np.flatnonzero(is_unnamed)[0])
+        raise AnnotationsError(f"{path}: row {row + 2}, column {CLIP_ID!r}: found nothing")
     for column in (CLIP_ID, MP3_PATH):
         is_repeated = table[column].duplicated().to_numpy()
         if is_repeated.any():

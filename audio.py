@@ -4,6 +4,7 @@ A decoder turns a file into mono float32 samples at a given rate. ``av`` (PyAV) 
 process; ``madmom`` is the published program's, kept as the reference.
 """
 
+from itertools import groupby
 from pathlib import Path
 
 from errors import AudioError, UsageError
@@ -13,6 +14,9 @@ import numpy as np
 DECODERS = ("av", "madmom")
 # MagnaTagATune's clips are 29.1 s long; the published program reads 29 s of each.
 CLIP_SECONDS = 29.0
+
+# What is held before resampling: a whole clip, but not a whole concert.
+_GATHERED_SAMPLES = 1 << 22
 
 
 def decode(
@@ -32,12 +36,14 @@ def decode(
     stop : float or None
         Where to cut, in seconds from the start; None keeps everything.
     decoder : {'av', 'madmom'}
-        Library to decode with; both give the same samples.
+        Library to decode with; both give the same samples of a sound MP3, WAV or FLAC file. Damaged
+        packets are passed over by both, but 'madmom' cuts at `stop` as if they had been there.
 
     Returns
     -------
     np.ndarray [shape=(n_samples,), dtype=float32]
-        Samples, full scale being [-1, 1]; at most ``stop * sample_rate`` of them.
+        Samples, full scale being [-1, 1] (two channels that are alike come out sqrt(2) louder, as
+        the published program has it); at most ``stop * sample_rate`` of them.
 
     Raises
     ------
@@ -45,9 +51,13 @@ def decode(
         The file is missing, empty, not audio, or has no audio stream.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AudioError(f"{path}: no such file")
-    if path.stat().st_size == 0:
+    try:
+        if not path.is_file():
+            raise AudioError(f"{path}: no such file")
+        is_empty = path.stat().st_size == 0
+    except OSError as error:  # such as a name that is too long
+        raise AudioError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_empty:
         raise AudioError(f"{path}: the file is empty")
     read = {"av": _decode_av, "madmom": _decode_madmom}[decoder]
     samples = read(path, sample_rate, stop)
@@ -78,31 +88,56 @@ def cut_segments(samples: np.ndarray, num_samples: int) -> np.ndarray:
 def _decode_av(path: Path, sample_rate: int, stop: float | None) -> np.ndarray:
     import av
 
-    limit = None if stop is None else round(stop * sample_rate)
+    pieces = []
     try:
-        with av.open(str(path)) as container:
+        # Named as a file, or "a:b.mp3" would be taken for a protocol; and a comment that is not
+        # UTF-8 is no reason to refuse the samples.
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise AudioError(f"{path}: no audio stream")
-            # Gathering the decoded frames and resampling them in one call gives the same samples
-            # as frame by frame and costs far fewer calls into the library.
-            fifo = av.AudioFifo()
-            frames = container.decode(container.streams.audio[0])
-            for frame in frames:
-                frame.pts = None
-                fifo.write(frame)
-                # A second more than is asked for, since the resampler's filter looks ahead.
-                if stop is not None and fifo.samples >= (stop + 1) * frame.sample_rate:
-                    break
-            gathered = fifo.read()
-            if gathered is None:
-                raise AudioError(f"{path}: no audio could be decoded")
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
-            resampled = resampler.resample(gathered) + resampler.resample(None)
+            frames = _decoded_frames(container, path, stop)
+            # A stream may change its form on the way; each part has its own resampler.
+            for _, part in groupby(frames, lambda f: (f.sample_rate, f.layout.name, f.format.name)):
+                resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
+                # Gathering the decoded frames and resampling many in one call gives the same
+                # samples as frame by frame and costs far fewer calls into the library.
+                fifo = av.AudioFifo()
+                for frame in part:
+                    frame.pts = None
+                    fifo.write(frame)
+                    if fifo.samples >= _GATHERED_SAMPLES:
+                        pieces += resampler.resample(fifo.read())
+                if fifo.samples:
+                    pieces += resampler.resample(fifo.read())
+                pieces += resampler.resample(None)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise AudioError(f"{path}: cannot be decoded: {reason}") from None
-    samples = np.concatenate([frame.to_ndarray()[0] for frame in resampled])
-    return samples[:limit]
+    samples = [np.zeros(0, np.float32)] + [frame.to_ndarray()[0] for frame in pieces]
+    return np.concatenate(samples)[: None if stop is None else round(stop * sample_rate)]
+
+
+def _decoded_frames(container, path: Path, stop: float | None):
+    """Yield an audio stream's frames, passing over damaged ones as the ``ffmpeg`` program does."""
+    import av
+
+    num_good = num_bad = 0
+    seconds = 0.0
+    for packet in container.demux(container.streams.audio[0]):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            num_bad += 1
+            continue
+        num_good += 1
+        for frame in frames:
+            yield frame
+            seconds += frame.samples / frame.sample_rate
+        # A second more than is asked for, since the resampler's filter looks ahead.
+        if stop is not None and seconds >= stop + 1:
+            break
+    if num_bad > 2 * num_good:  # where that program gives up too
+        raise AudioError(f"{path}: {num_bad} of {num_good + num_bad} audio packets are damaged")
 
 
 def _decode_madmom(path: Path, sample_rate: int, stop: float | None) -> np.ndarray:

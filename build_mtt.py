@@ -15,7 +15,9 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cli
 from annotations import (
@@ -42,6 +45,7 @@ from input_data import (
     Clip,
     encode_clip,
     read_manifest,
+    remove_leftovers,
     shard_name,
     write_atomically,
     write_manifest,
@@ -49,6 +53,9 @@ from input_data import (
 )
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 AUDIO_FOLDER = "mp3"
 # One small file a finished shard, gathered into the manifest at the end.
@@ -113,6 +120,11 @@ def build(
     if decoder == "madmom":
         import_madmom()  # say at once, not in a worker, that it is missing
     clips, tags = read_mtt(annotations_path)
+    if not any((audio_dir / mp3_path).exists() for mp3_path in clips[MP3_PATH]):
+        raise BuildError(
+            f"{audio_dir}: none of the {len(clips)} clips is here: unpack them so that "
+            f"{audio_dir / clips[MP3_PATH].iloc[0]} is one of them"
+        )
     clips = assign_shards(clips, num_audios_per_shard)
     options = {
         "sample_rate": sample_rate,
@@ -126,6 +138,7 @@ def build(
     folder.mkdir(exist_ok=True)
     with _only_build(folder):
         _check_options(folder, options)
+        remove_leftovers(folder)
         progress_dir = folder / _PROGRESS_FOLDER
         progress_dir.mkdir(exist_ok=True)
         write_atomically(progress_dir / "options.json", json.dumps(options).encode())
@@ -246,7 +259,10 @@ def _make_shards(
 
 def _run_tasks(executor: Executor, tasks: list[ShardTask], on_wait):
     """Yield each shard's entry as it is finished, by any executor."""
+    # Workers start here and inherit what is blocked: Ctrl-C is for us, who then end them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pending = {executor.submit(make_shard, task) for task in tasks}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     while pending:
         finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in finished:
@@ -260,6 +276,13 @@ _clips_counted = None  # of this worker's pool: clips finished by all its worker
 def _start_worker(clips_counted) -> None:
     global _clips_counted
     _clips_counted = clips_counted
+    # A pool's workers outlive a parent that was killed: they would wait for tasks for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _count_clip() -> None:

@@ -13,14 +13,23 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cli
 from annotations import MTT_TOP_TAGS
 from errors import CheckpointError, UsageError
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from model import NetworkConfig
+
+    import keras
 
 # Written into a .keras file beside what Keras writes: the network, its tags, and their origin.
 _DESCRIPTION_NAME = "network.json"
@@ -30,8 +39,15 @@ _WEIGHTS_NAME = "model.weights.h5"
 # The published models' rate; .hdf5 files do not say theirs.
 _PUBLISHED_SAMPLE_RATE = 22050
 _MAX_ARRAY_BYTES = 2**31
+_MAX_DESCRIPTION_BYTES = 2**24
 _MAX_OBJECTS = 100_000
 _MAX_TAGS = 100_000
+
+# What zipfile, json and h5py raise on damaged files.
+_DAMAGE = (
+    zipfile.BadZipFile, OSError, EOFError, KeyError, RuntimeError, ValueError, TypeError,
+    OverflowError, struct.error,
+)  # fmt: skip
 
 _CHECKPOINT_NAME = re.compile(r"ckpt-e(\d{3,})-l(\d+\.\d{4})\.keras")
 
@@ -55,7 +71,7 @@ class Checkpoint:
     """
 
     network: "keras.Model"
-    config: "model.NetworkConfig"
+    config: "NetworkConfig"
     tags: tuple[str, ...]
     sample_rate: int = _PUBLISHED_SAMPLE_RATE
     training: dict = field(default_factory=dict)
@@ -126,7 +142,7 @@ def load(path: str | Path) -> Checkpoint:
     Parameters
     ----------
     path : str or Path
-        A ``.keras``, ``.hdf5`` or ``.h5`` file.
+        A ``.keras``, ``.hdf5`` or ``.h5`` file, or a stage's folder for the best checkpoint in it.
 
     Returns
     -------
@@ -141,7 +157,10 @@ def load(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder: name one of the model files in it")
+        best = find_best(path)
+        if best is None:
+            raise CheckpointError(f"{path}: no checkpoint in this folder")
+        path = best
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     with open(path, "rb") as file:
@@ -154,7 +173,7 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def load_optimizer(path: str | Path, trainer: "keras.Model") -> None:
-    """Give a compiled model the optimizer and random state that `save` wrote with its trainer.
+    """Give a compiled model the optimizer's state that `save` wrote with its trainer.
 
     Raises
     ------
@@ -164,14 +183,8 @@ def load_optimizer(path: str | Path, trainer: "keras.Model") -> None:
     trainer.optimizer.build(trainer.trainable_variables)
     with _open_keras_weights(Path(path)) as file:
         datasets = _datasets(file, path)
-        variables = {
-            f"optimizer/vars/{number}": variable
-            for number, variable in enumerate(trainer.optimizer.variables)
-        }
-        for layer, place in _class_places(trainer).items():
-            if hasattr(layer, "seed_generator"):
-                variables[f"layers/{place}/seed_generator/vars/0"] = layer.seed_generator.state
-        for place, variable in variables.items():
+        for number, variable in enumerate(trainer.optimizer.variables):
+            place = f"optimizer/vars/{number}"
             _assign(variable, datasets.get(place), place, path)
 
 
@@ -185,16 +198,16 @@ def _load_keras(path: Path) -> Checkpoint:
         sample_rate = int(description["sample_rate"])
         training = dict(description.get("training", {}))
         is_valid = len(tags) == config.num_tags and all(isinstance(tag, str) for tag in tags)
-        _check_sizes(config)
-    except (KeyError, TypeError, ValueError, UsageError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
         raise CheckpointError(f"{path}: its description is not of our form: {error}") from None
     if not is_valid:
         raise CheckpointError(
             f"{path}: names {len(tags)} tags for a network of {config.num_tags} outputs"
         )
-    network = build_network(config)
     with _open_keras_weights(path) as file:
         datasets = _datasets(file, path)
+        _check_sizes(config, datasets, path)
+        network = build_network(config)
         for layer, place in _class_places(network).items():
             for number, variable in enumerate(layer.weights):
                 name = f"layers/{place}/vars/{number}"
@@ -203,17 +216,10 @@ def _load_keras(path: Path) -> Checkpoint:
 
 
 def _read_description(path: Path) -> dict:
+    content = _read_member(path, _DESCRIPTION_NAME, _MAX_DESCRIPTION_BYTES)
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = archive.getinfo(_DESCRIPTION_NAME).file_size
-            if size > 2**24:
-                raise CheckpointError(f"{path}: its description is of {size} bytes, far too many")
-            description = json.loads(archive.read(_DESCRIPTION_NAME))
-    except KeyError:
-        raise CheckpointError(
-            f"{path}: a .keras file of another program (it holds no {_DESCRIPTION_NAME})"
-        ) from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        description = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     if not isinstance(description, dict) or description.get("format") != _DESCRIPTION_FORMAT:
         raise CheckpointError(f"{path}: its description is not of format {_DESCRIPTION_FORMAT}")
@@ -223,19 +229,30 @@ def _read_description(path: Path) -> dict:
 def _open_keras_weights(path: Path):
     import h5py
 
+    content = _read_member(path, _WEIGHTS_NAME, path.stat().st_size)
+    try:
+        return h5py.File(io.BytesIO(content), "r")
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+def _read_member(path: Path, name: str, max_bytes: int) -> bytes:
+    """Read a file of a .keras archive that is stored plain, as Keras stores all of them.
+
+    What a packed one unpacks to is known only when it is too late: the declared size may be false.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            info = archive.getinfo(_WEIGHTS_NAME)
-            # Keras stores arrays uncompressed, or nearly; more is a bomb.
-            if info.file_size > 8 * max(info.compress_size, 2**20):
-                raise CheckpointError(f"{path}: its weights unpack to {info.file_size} bytes")
-            content = archive.read(_WEIGHTS_NAME)
-        return h5py.File(io.BytesIO(content), "r")
-    except KeyError:
-        raise CheckpointError(f"{path}: holds no weights ({_WEIGHTS_NAME})") from None
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-    except zipfile.zlib.error as error:
+            if name not in archive.namelist():
+                raise CheckpointError(f"{path}: a .keras file of another program (no {name} in it)")
+            info = archive.getinfo(name)
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
+                raise CheckpointError(
+                    f"{path}: {name} is packed or declares too many bytes ({info.file_size}): "
+                    "expected it stored plain"
+                )
+            return archive.read(info)
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
 
 
@@ -258,12 +275,13 @@ def _load_hdf5(path: Path) -> Checkpoint:
 
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     with file:
-        arrays = _layer_arrays(_datasets(file, path), path)
+        datasets = _datasets(file, path)
+        arrays = _layer_arrays(datasets, path)
         config = _infer_config(arrays, path)
-        _check_sizes(config)
+        _check_sizes(config, datasets, path)
         network = build_network(config)
         for kind, layers in _layers_by_kind(network).items():
             # _infer_config has counted them; shapes are checked one by one.
@@ -315,10 +333,9 @@ def _layer_arrays(datasets: dict, path: Path) -> dict[str, list]:
     for kind, found in arrays.items():
         try:
             found.sort(key=lambda entry: _creation_order(entry[0]))
-        except (ValueError, TypeError):
-            names = ", ".join(repr(name) for name, _ in found[:3])
+        except ValueError as error:
             raise CheckpointError(
-                f"{path}: {kind} layers are named {names}…: expected Keras's numbered names or ours"
+                f"{path}: a {kind} layer is named {error}: expected Keras's numbered names or ours"
             ) from None
     return arrays
 
@@ -333,9 +350,9 @@ def _creation_order(layer: str) -> tuple:
     if match := re.fullmatch(r"(?:conv1d|dense|batch_normalization)(?:_(\d+))?", layer):
         return (0, int(match[1] or 0), 0)
     match = re.fullmatch(r"(conv0|hidden|tags|block(\d)_(\w+?))(?:_bn)?", layer)
-    if not match:
-        raise ValueError(layer)
     parts = ("shortcut", "conv1", "conv2", "se_fc", "se_excitation")
+    if not match or (match[2] and match[3] not in parts):
+        raise ValueError(repr(layer))
     if match[2]:
         return (1, int(match[2]), parts.index(match[3]))
     return (1, {"conv0": -1, "hidden": 10, "tags": 11}[match[1]], 0)
@@ -378,21 +395,46 @@ def _infer_config(arrays: dict[str, list], path: Path):
         )
     features = kernels[0][2]
     last_width = kernels[-1][2]
-    return NetworkConfig(
-        block=block,
-        multi=denses[-2][0] != last_width,
-        num_tags=denses[-1][1],
-        init_features=features,
-        alpha=denses[0][1] / features if has_se and features else 16.0,
-    )
+    try:
+        return NetworkConfig(
+            block=block,
+            multi=denses[-2][0] != last_width,
+            num_tags=denses[-1][1],
+            init_features=features,
+            # Of the last block: the widest, where rounding down has lost least.
+            alpha=denses[-4][1] / last_width if has_se and last_width else 16.0,
+        )
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
-def _check_sizes(config) -> None:
-    limits = {"init_features": 4096, "alpha": 256, "num_tags": _MAX_TAGS, "num_samples": 2**26}
-    for name, limit in limits.items():
+def _check_sizes(config, datasets: dict, path: Path) -> None:
+    """Check numbers before a network is built of them."""
+    for name, kind, smallest, largest in (
+        ("init_features", int, 1, 4096),
+        ("alpha", int | float, 0, 256),
+        ("num_tags", int, 1, _MAX_TAGS),
+        ("num_samples", int, 1, 2**26),
+        ("dropout", int | float, 0, 0.999),
+        ("weight_decay", int | float, 0, 1e6),
+    ):
         value = getattr(config, name)
-        if not isinstance(value, int | float) or not 0 < value <= limit:
-            raise CheckpointError(f"{name} is {value!r}: expected a number above 0 up to {limit}")
+        if not isinstance(value, kind) or not smallest <= value <= largest:
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}: expected a number from {smallest} to {largest}"
+            )
+    # A small file must not make us allocate a large network. The last block's largest kernels
+    # and the output are within a factor of the whole.
+    width = 4 * config.init_features
+    num_numbers = 1.5 * width**2 + width * config.num_tags
+    if config.has_excitations:
+        num_numbers += width * int(width * config.alpha) * 2
+    num_stored = sum(dataset.size for dataset in datasets.values())
+    if num_numbers > num_stored:
+        raise CheckpointError(
+            f"{path}: holds {num_stored} numbers: a network of {config.init_features} features, "
+            f"alpha {config.alpha:g} and {config.num_tags} tags has more than {num_numbers:.0f}"
+        )
 
 
 def _datasets(file, path: str | Path) -> dict:
@@ -402,6 +444,7 @@ def _datasets(file, path: str | Path) -> dict:
     datasets = {}
     groups = [("", file)]
     num_objects = 0
+    num_bytes = 0
     try:
         while groups:
             prefix, group = groups.pop()
@@ -416,16 +459,19 @@ def _datasets(file, path: str | Path) -> dict:
                 if isinstance(found, h5py.Group):
                     groups.append((f"{prefix}{name}/", found))
                 elif isinstance(found, h5py.Dataset):
-                    _check_dataset(found, f"{prefix}{name}", path)
+                    num_bytes += _check_dataset(found, f"{prefix}{name}", path)
                     datasets[f"{prefix}{name}"] = found
                 else:
                     raise CheckpointError(f"{path}: {prefix}{name} is neither array nor group")
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, UnicodeError) as error:
+        file_size = file.id.get_filesize()
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
+    if num_bytes > file_size:
+        raise CheckpointError(f"{path}: arrays of {num_bytes} bytes in a file of {file_size}")
     return datasets
 
 
-def _check_dataset(dataset, name: str, path: str | Path) -> None:
+def _check_dataset(dataset, name: str, path: str | Path) -> int:
     if dataset.external or dataset.is_virtual:
         raise CheckpointError(f"{path}: {name} lies in another file: refused")
     if dataset.shape is None:
@@ -436,6 +482,7 @@ def _check_dataset(dataset, name: str, path: str | Path) -> None:
         raise CheckpointError(
             f"{path}: {name} declares {size} bytes and stores {dataset.id.get_storage_size()}"
         )
+    return size
 
 
 def _assign(variable, dataset, name: str, path: str | Path) -> None:
@@ -447,7 +494,13 @@ def _assign(variable, dataset, name: str, path: str | Path) -> None:
         )
     if dataset.dtype.kind not in "fiu":
         raise CheckpointError(f"{path}: {name} holds {dataset.dtype}: expected numbers")
-    variable.assign(dataset[()])
+    try:
+        values = dataset[()]
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path}: {name}: damaged: {error}") from None
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{path}: {name} holds values that are no numbers")
+    variable.assign(values)
 
 
 # --- Command line --------------------------------------------------------------------------------

@@ -120,9 +120,26 @@ def progress(iterable=None, **options) -> tqdm:
     **options
         As for ``tqdm.tqdm``.
     """
-    if not sys.stderr.isatty():
-        options = {"mininterval": 10, "maxinterval": 10, "ascii": True, "ncols": 79} | options
-    return tqdm(iterable, **options)
+    if sys.stderr.isatty():
+        return tqdm(iterable, **options)
+    return _LogProgress(iterable, **{"mininterval": 30, "maxinterval": 30, "ncols": 0} | options)
+
+
+class _LogProgress(tqdm):
+    """Progress as whole lines, for standard error that is a file or a pipe."""
+
+    def display(self, msg=None, pos=None):
+        # Nothing is said at the start, nor of work that is done before the first line is due.
+        if self.n > self.initial and self._time() - self.start_t >= self.mininterval:
+            sys.stderr.write(f"{self}\n")
+            sys.stderr.flush()
+
+    def clear(self, nolock=False):
+        pass  # a line that is written stays
+
+    def close(self):
+        self.leave = False
+        super().close()
 
 
 def say(message: str) -> None:

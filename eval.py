@@ -1,6 +1,6 @@
 """Evaluate a model on the test split.
 
-    python eval.py log/4/ckpt-e003-l0.1234.keras --data-dir ./dataset
+    python eval.py log/4 --data-dir ./dataset
     python eval.py se-multi-auc_0.9111-tfrmodel.hdf5 --report ./report
 
 A clip's prediction is the mean of its segments'; scores are the averages over tags.
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import cli
-from errors import UsageError
+from errors import CheckpointError, UsageError
 from evaluation import DEFAULT_BATCH_SIZE, Scores, check_fits, predict_clips, score
 from input_data import Clip, open_dataset, read_clips
 
@@ -63,10 +63,12 @@ def evaluate(
         total=test.num_clips, unit="clip", desc="evaluating",
     )  # fmt: skip
     for clip, (outputs,) in predict_clips(network, shown, batch_size):
-        clip.segments = clip.segments[:0]
+        clip.segments = clip.segments[:0].copy()  # a view would keep all the test audio
         clips.append(clip)
         predictions.append(outputs.mean(axis=0, dtype=np.float64))
     predictions = np.array(predictions)
+    if not np.isfinite(predictions).all():
+        raise CheckpointError(f"{model_path}: predicts values that are no numbers")
     labels = np.array([clip.labels for clip in clips])
     return dataset.tags, clips, predictions, score(labels, predictions)
 
@@ -150,9 +152,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
         "Evaluate a model on the test split.",
         "  python eval.py se-multi-auc_0.9111-tfrmodel.hdf5 --data-dir ./dataset\n"
-        "  python eval.py log/4/ckpt-e003-l0.1234.keras --report ./report",
+        "  python eval.py log/4 --report ./report",
     )
-    parser.add_argument("model_path", metavar="MODEL_PATH", help="a .keras, .hdf5 or .h5 file")
+    parser.add_argument(
+        "model_path",
+        metavar="MODEL_PATH",
+        help="a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint",
+    )
     parser.add_argument(
         "--data-dir",
         metavar="PATH",

@@ -3,11 +3,17 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from errors import UsageError
 from input_data import Clip, Dataset
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from checkpoints import Checkpoint
+
+    import keras
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -105,7 +111,7 @@ def _finished(waiting: deque) -> Iterator[tuple[Clip, list[np.ndarray]]]:
         yield clip, [np.stack(output) for output in zip(*rows, strict=True)]
 
 
-def check_fits(dataset: Dataset, checkpoint: "checkpoints.Checkpoint") -> None:
+def check_fits(dataset: Dataset, checkpoint: "Checkpoint") -> None:
     """Check that a model's inputs and outputs are those of a dataset.
 
     Raises

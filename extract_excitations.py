@@ -1,6 +1,6 @@
 """Extract the mean excitations of the test clips into a pandas DataFrame.
 
-    python extract_excitations.py log/4/ckpt-e003-l0.1234.keras --data-dir ./dataset
+    python extract_excitations.py log/4 --data-dir ./dataset
     python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5 --out ./excitations.pkl
 
 One row a clip and depth: ``ex``, the clip's mean excitation (float32, one value a channel);
@@ -10,6 +10,7 @@ One row a clip and depth: ``ex``, the clip's mean excitation (float32, one value
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cli
 from errors import UsageError
@@ -17,6 +18,9 @@ from evaluation import DEFAULT_BATCH_SIZE, check_fits, predict_clips
 from input_data import open_dataset, read_clips
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def extract(
@@ -81,10 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
         "Extract the mean excitations of the test clips into a pandas DataFrame.",
         "  python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5\n"
-        "  python extract_excitations.py log/4/ckpt-e003-l0.1234.keras --out ./excitations.pkl",
+        "  python extract_excitations.py log/4 --out ./excitations.pkl",
     )
     parser.add_argument(
-        "model_path", metavar="MODEL_PATH", help="a .keras, .hdf5 or .h5 file of se or rese blocks"
+        "model_path",
+        metavar="MODEL_PATH",
+        help="a .keras, .hdf5 or .h5 file of se or rese blocks, or a stage's folder",
     )
     parser.add_argument(
         "--data-dir",

@@ -153,6 +153,11 @@ def read_manifest(path: str | Path) -> dict:
     missing = {"tags", "sample_rate", "num_samples", "splits"} - manifest.keys()
     if missing:
         raise ShardError(f"{path}: the manifest lacks {', '.join(sorted(missing))}")
+    try:
+        for split in manifest["splits"].values():
+            _ = split["clips"], split["segments"], [shard["name"] for shard in split["shards"]]
+    except (AttributeError, KeyError, TypeError):
+        raise ShardError(f"{path}: the manifest does not list the splits' shards") from None
     return manifest
 
 
@@ -164,12 +169,23 @@ def write_manifest(folder: str | Path, manifest: dict) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, then give it its name."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    # Of this process alone: a worker whose parent was killed may still be writing the same shard.
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of runs that were killed; only where no other run writes."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def _find_shards(folder: Path) -> dict[str, list[Path]]:
@@ -180,6 +196,11 @@ def _find_shards(folder: Path) -> dict[str, list[Path]]:
         if not match:
             continue
         split, shard, total, _ = match.groups()
+        if path.name != shard_name(split, int(shard), int(total)) or int(shard) >= int(total):
+            raise ShardError(
+                f"{path}: a shard of no set, expected such as {shard_name(split, 0, int(total))}: "
+                "keep one set or build again"
+            )
         found[split][int(shard)] = path
         totals[split].add(int(total))
     for split, paths in found.items():
@@ -306,7 +327,7 @@ def read_records(path: str | Path) -> Iterator[bytes]:
 def write_records(path: str | Path, records: Iterable[bytes]) -> None:
     """Write a shard: it appears under its name only when complete and flushed to the disk."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             for record in records:
@@ -456,7 +477,7 @@ def _samples(content: bytes, path: str | Path, number: int) -> np.ndarray:
 def _clip(segments: np.ndarray, features, path: str | Path, number: int) -> Clip:
     labels = np.frombuffer(_bytes_of(features, LABELS_FEATURE, path, number), np.uint8)
     identity = [
-        features[name].bytes_list.value[0].decode(errors="replace") if name in features else ""
+        _bytes_of(features, name, path, number).decode(errors="replace") if name in features else ""
         for name in (CLIP_ID_FEATURE, MP3_PATH_FEATURE)
     ]
     return Clip(segments, labels, *identity)
@@ -552,14 +573,14 @@ class SegmentReader:
 
     Attributes
     ----------
-    num_segments : int
-        Segments of the split.
+    num_segments, num_samples, num_tags : int
+        Segments of the split, samples a segment, and tags.
     """
 
     def __init__(self, dataset: Dataset, split: str = "train", num_threads: int = 8):
         self._paths = dataset.splits[split].shards
-        self._num_samples = dataset.num_samples
-        self._num_tags = len(dataset.tags)
+        self.num_samples = dataset.num_samples
+        self.num_tags = len(dataset.tags)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
         self._files = [open(path, "rb", buffering=0) for path in self._paths]  # noqa: SIM115
         indexes = list(self._threads.map(index_records, self._paths))
@@ -571,6 +592,14 @@ class SegmentReader:
             ]
             or [np.zeros((0, 4), np.int64)]
         )
+        expected = dataset.splits[split].num_segments
+        if expected is not None and self.num_segments != expected:
+            # A file that ends where a record does looks whole.
+            self.close()
+            raise ShardError(
+                f"{dataset.path / SHARD_FOLDER}: holds {self.num_segments} {split} segments, "
+                f"{MANIFEST_NAME} says {expected}: delete this folder and run build_mtt.py again"
+            )
 
     @property
     def num_segments(self) -> int:
@@ -597,33 +626,40 @@ class SegmentReader:
         labels : np.ndarray [shape=(n, n_tags), dtype=float32]
             0 or 1.
         """
-        segments = np.empty((len(rows), self._num_samples), np.float32)
-        labels = np.empty((len(rows), self._num_tags), np.float32)
+        segments = np.empty((len(rows), self.num_samples), np.float32)
+        labels = np.empty((len(rows), self.num_tags), np.float32)
         for place, row in enumerate(rows):
             shard, number, start, length = (int(value) for value in self._records[row])
             path = self._paths[shard]
             record = _read_record(self._files[shard].fileno(), path, number, start, length)
             clip = _decode_example(record, path, number)
-            _check_shape(clip, self._num_samples, self._num_tags, path, number)
+            _check_shape(clip, self.num_samples, self.num_tags, path, number)
             segments[place] = clip.segments[0]
             labels[place] = clip.labels
         return segments, labels
 
     def batches(
-        self, batch_size: int, order: np.ndarray, prefetch: int = 4
+        self,
+        batch_size: int,
+        order: np.ndarray,
+        prefetch: int = 4,
+        drop_remainder: bool = True,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield batches of segments in the given order, read ahead by the threads.
 
         Parameters
         ----------
         batch_size : int
-            Segments a batch; a smaller last one is left out.
+            Segments a batch.
         order : np.ndarray [shape=(n,), dtype=int]
             Segments of the epoch (see `shuffled_order`).
         prefetch : int
             Batches to hold ready.
+        drop_remainder : bool
+            Leave out a smaller last batch.
         """
-        starts = range(0, len(order) - batch_size + 1, batch_size)
+        stop = len(order) - batch_size + 1 if drop_remainder else len(order)
+        starts = range(0, stop, batch_size)
         pending = []
         for start in starts:
             rows = order[start : start + batch_size]

@@ -50,6 +50,11 @@ class NetworkConfig:
                 f"segments must have at least {SAMPLES_PER_SEGMENT} samples, which the ten "
                 f"reductions by 3 need. Received: {self.num_samples}"
             )
+        if self.has_excitations and self.init_features * self.alpha < 1:
+            raise UsageError(
+                f"alpha times the {self.init_features} initial features must be at least 1. "
+                f"Received: alpha {self.alpha}"
+            )
 
     @property
     def has_excitations(self) -> bool:

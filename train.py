@@ -11,15 +11,17 @@ goes on from the last finished epoch.
 """
 
 import argparse
+import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import checkpoints
 import cli
@@ -36,8 +38,15 @@ from input_data import (
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from model import NetworkConfig
+
+    import keras
+    from tqdm import tqdm
+
 RESUME_NAME = "resume.keras"  # the last finished epoch, with all that the next one needs
 HISTORY_NAME = "training.csv"
+TEST_NAME = "test.json"  # the best checkpoint's test scores, once the stage is finished
 # The published program's decay within a stage: lr / (1 + this x iteration).
 ITERATION_DECAY = 1e-6
 
@@ -57,6 +66,7 @@ class Options:
     seed: int = 0
     jit: str = "auto"
     mixed_precision: bool = False
+    device_cache: str = "auto"
     num_read_threads: int = 8
 
     def stage_lr(self, stage: int) -> float:
@@ -93,7 +103,7 @@ class StageState:
 def train(
     data_dir: str | Path,
     train_dir: str | Path,
-    config: "model.NetworkConfig",
+    config: "NetworkConfig",
     options: Options,
 ) -> dict[int, Scores]:
     """Train through all stages and test the best checkpoint of each.
@@ -112,7 +122,7 @@ def train(
     Returns
     -------
     dict of int to Scores
-        The test scores of each stage that was trained now.
+        The test scores of each stage that was tested now.
 
     Raises
     ------
@@ -129,11 +139,10 @@ def train(
     config = type(config)(
         **config.to_json() | {"num_tags": len(dataset.tags), "num_samples": dataset.num_samples}
     )
-    keras.utils.set_random_seed(options.seed)
+    keras.utils.set_random_seed(options.seed % 2**32)
     if options.mixed_precision:
         keras.config.set_dtype_policy("mixed_bfloat16")
-    jit = choose_jit(options.jit, config.block)
-    cli.say(describe_device(jit, options.mixed_precision))
+    cli.say(describe_device(choose_jit(options.jit, config.block), options.mixed_precision))
 
     train_dir = Path(train_dir)
     scores = {}
@@ -144,12 +153,14 @@ def train(
         for stage in range(options.initial_stage, options.num_lr_decays):
             stage_dir = train_dir / str(stage)
             state, checkpoint = _start_stage(train_dir, stage, config, dataset, options)
+            if state.history:  # an end between the two files left one row too few
+                _write_history(stage_dir / HISTORY_NAME, state.history)
             if state.finished:
                 cli.say(f"stage {stage}: finished earlier, best {state.best_loss:.4f}")
-                continue
-            _run_stage(stage, stage_dir, state, checkpoint, dataset, segments, options, jit, stop)
-            best = checkpoints.load(checkpoints.find_best(stage_dir))
-            scores[stage] = _test(best, dataset, options, jit, stop, stage)
+            else:
+                _run_stage(stage_dir, stage, state, checkpoint, dataset, segments, options, stop)
+            if not (stage_dir / TEST_NAME).exists():
+                scores[stage] = _test(stage_dir, dataset, options, stop)
     return scores
 
 
@@ -160,26 +171,38 @@ def choose_jit(choice: str, block: str) -> bool:
     return compiles_faster(block) if choice == "auto" else choice == "on"
 
 
+def device_names() -> list[str]:
+    """Name the accelerators that the backend sees; none where it computes on the CPU."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if backend == "jax":
+        import jax
+
+        return [device.device_kind for device in jax.devices() if device.platform != "cpu"]
+    import tensorflow as tf
+
+    return [
+        tf.config.experimental.get_device_details(device).get("device_name", device.name)
+        for device in tf.config.list_physical_devices("GPU")
+    ]
+
+
 def describe_device(jit: bool, mixed_precision: bool) -> str:
     """Say which backend and device will compute."""
     import keras
 
     backend = keras.backend.backend()
-    devices = keras.distribution.list_devices("gpu") if backend != "torch" else _torch_devices()
-    if devices:
-        device = f"{len(devices)} GPU{'s' if len(devices) > 1 else ''} ({', '.join(devices)})"
-    else:
-        device = f"CPU ({os.cpu_count()} cores)"
+    names = device_names()
+    device = ", ".join(names) if names else f"CPU ({os.cpu_count()} cores)"
     how = "compiled" if jit else "not compiled"
     precision = "mixed bfloat16" if mixed_precision else "float32"
-    names = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
-    return f"{names.get(backend, backend)} backend on {device}, {precision}, {how}"
-
-
-def _torch_devices() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    title = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[backend]
+    return f"{title} backend on {device}, {precision}, {how}"
 
 
 @contextmanager
@@ -202,7 +225,7 @@ def _open_segments(dataset: Dataset, options: Options) -> Iterator[SegmentReader
 def _start_stage(
     train_dir: Path,
     stage: int,
-    config: "model.NetworkConfig",
+    config: "NetworkConfig",
     dataset: Dataset,
     options: Options,
 ) -> tuple[StageState, checkpoints.Checkpoint]:
@@ -214,10 +237,10 @@ def _start_stage(
     own_best = checkpoints.find_best(stage_dir)
     if resume_path.exists():
         checkpoint = checkpoints.load(resume_path)
-        state = StageState(**checkpoint.training["state"])
+        state = _state_of(checkpoint, resume_path)
     elif own_best:
         checkpoint = checkpoints.load(own_best)
-        state = StageState(**checkpoint.training["state"])
+        state = _state_of(checkpoint, own_best)
     elif stage == 0:
         checkpoint = checkpoints.Checkpoint(
             build_network(config), config, dataset.tags, dataset.sample_rate
@@ -246,36 +269,53 @@ def _start_stage(
     return state, checkpoint
 
 
+def _state_of(checkpoint: checkpoints.Checkpoint, path: Path) -> StageState:
+    try:
+        return StageState(**checkpoint.training["state"])
+    except (KeyError, TypeError):
+        raise TrainingError(
+            f"{path}: does not say where its training stood: only checkpoints of train.py go on; "
+            "to start from it, put it in the folder of the stage before"
+        ) from None
+
+
 def _run_stage(
-    stage: int,
     stage_dir: Path,
+    stage: int,
     state: StageState,
     checkpoint: checkpoints.Checkpoint,
     dataset: Dataset,
     segments: SegmentReader,
     options: Options,
-    jit: bool,
     stop: "StopRequest",
 ) -> None:
     """Train epochs until the validation loss stops improving."""
+    import keras
+
     stage_dir.mkdir(parents=True, exist_ok=True)
+    jit = choose_jit(options.jit, checkpoint.config.block)
     trainer = compile_trainer(checkpoint.network, options, stage, jit)
     if (stage_dir / RESUME_NAME).exists():
         checkpoints.load_optimizer(stage_dir / RESUME_NAME, trainer)
+    run_epoch = _choose_loop(trainer, segments, options, jit)
     events = EventLog(stage_dir)
     lr = options.stage_lr(stage)
     cli.say(f"stage {stage}: learning rate {lr:g}, from epoch {state.epoch + 1}")
     while not state.finished:
         started = time.monotonic()
         epoch = state.epoch + 1
-        loss = _run_epoch(trainer, segments, stage, epoch, options, stop)
+        _seed_dropout(trainer, options.seed, stage, epoch)
+        order = shuffled_order(segments.num_segments, options.seed, stage, epoch)
+        num_steps = len(order) // options.batch_size
+        with cli.progress(total=num_steps, desc=f"epoch {epoch}", unit="step", leave=False) as bar:
+            loss = run_epoch(order, _step_watch(bar, stop))
         val_loss, scores = _validate(trainer, dataset, options, stop)
         improved = state.update(epoch, val_loss, options.patience, options.max_epochs)
         row = {
             "epoch": epoch,
             "loss": loss,
             "val_loss": val_loss,
-            "learning_rate": float(np.asarray(trainer.optimizer.learning_rate)),
+            "learning_rate": float(keras.ops.convert_to_numpy(trainer.optimizer.learning_rate)),
             "val_roc_auc": scores.macro_roc_auc,
             "val_pr_auc": scores.macro_pr_auc,
             "seconds": time.monotonic() - started,
@@ -320,40 +360,69 @@ def compile_trainer(
     return trainer
 
 
-def _run_epoch(
-    trainer, segments: SegmentReader, stage: int, epoch: int, options: Options, stop: "StopRequest"
-) -> float:
-    order = shuffled_order(segments.num_segments, options.seed, stage, epoch)
-    num_steps = len(order) // options.batch_size
-    with cli.progress(total=num_steps, desc=f"epoch {epoch}", unit="step", leave=False) as bar:
-        history = trainer.fit(
-            segments.batches(options.batch_size, order),
-            steps_per_epoch=num_steps,
-            verbose=0,
-            shuffle=False,  # the order is ours
-            callbacks=[_step_watch(bar, stop)],
-        )
-    return float(history.history["loss"][0])
+def _choose_loop(
+    trainer: "keras.Model", segments: SegmentReader, options: Options, jit: bool
+) -> Callable[[np.ndarray, Callable[[int, float], None]], float]:
+    """Choose what trains an epoch in a given order: Keras's loop, or on JAX ours, which is faster.
 
-
-def _step_watch(bar: "tqdm", stop: "StopRequest"):
+    Either calls back with the number of steps done and the loss, and returns the mean loss.
+    """
     import keras
 
-    class StepWatch(keras.callbacks.Callback):
-        """Shows each step, ends on a signal, and stops at a loss that is no number."""
+    batch_size = options.batch_size
+    if keras.backend.backend() == "jax" and jit:
+        from jax_training import JaxTrainer, fits_device
 
-        def on_train_batch_end(self, batch, logs=None):
-            stop.check()
-            loss = float(logs["loss"])
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss is {loss} at step {batch} of {bar.desc}: the best checkpoint is "
-                    "kept; a lower --lr may help"
-                )
-            bar.update(batch + 1 - bar.n)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        device_cache = options.device_cache == "on" or (
+            options.device_cache == "auto"
+            and fits_device(segments.num_segments, segments.num_samples)
+        )
+        runner = JaxTrainer(trainer, segments, device_cache)
+        return lambda order, after_steps: runner.run_epoch(batch_size, order, after_steps)
+    if options.device_cache == "on":
+        raise UsageError("--device-cache on: needs the JAX backend, compiled (KERAS_BACKEND=jax)")
 
-    return StepWatch()
+    def run_epoch(order: np.ndarray, after_steps: Callable[[int, float], None]) -> float:
+        watch = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda step, logs: after_steps(step + 1, float(logs["loss"]))
+        )
+        history = trainer.fit(
+            segments.batches(batch_size, order),
+            steps_per_epoch=len(order) // batch_size,
+            verbose=0,
+            shuffle=False,  # the order is ours
+            callbacks=[watch],
+        )
+        return float(history.history["loss"][0])
+
+    return run_epoch
+
+
+def _step_watch(bar: "tqdm", stop: "StopRequest") -> Callable[[int, float], None]:
+    """Show each step, end on a signal, and stop at a loss that is no number."""
+
+    def watch(num_steps: int, loss: float) -> None:
+        stop.check()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss} at step {num_steps - 1} of {bar.desc}: the best checkpoint "
+                "is kept; a lower --lr may help"
+            )
+        bar.update(num_steps - bar.n)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+    return watch
+
+
+def _seed_dropout(trainer, seed: int, stage: int, epoch: int) -> None:
+    """Draw an epoch's dropout by seed, stage and epoch, as its order is: nothing to carry over.
+
+    Keras does not store the random state of its layers.
+    """
+    for number, layer in enumerate(trainer.layers):
+        if hasattr(layer, "seed_generator"):
+            drawn = np.random.default_rng((seed, stage, epoch, number)).integers(2**31)
+            layer.seed_generator.state.assign(np.array([drawn, 0]))
 
 
 def _validate(
@@ -376,30 +445,34 @@ def _validate(
 
 
 def _test(
-    checkpoint: checkpoints.Checkpoint,
-    dataset: Dataset,
-    options: Options,
-    jit: bool,
-    stop: "StopRequest",
-    stage: int,
+    stage_dir: Path, dataset: Dataset, options: Options, stop: "StopRequest"
 ) -> Scores | None:
+    """Score a stage's best checkpoint on the test clips and note it in ``test.json``."""
     test = dataset.splits["test"]
     if not test.shards:
-        cli.say(f"stage {stage}: no test shards to test the best checkpoint on")
+        cli.say(f"stage {stage_dir.name}: no test shards to test the best checkpoint on")
         return None
-    checkpoint.network.compile(jit_compile=jit)
+    best = checkpoints.find_best(stage_dir)
+    checkpoint = checkpoints.load(best)
+    network = checkpoint.network
+    network.compile(jit_compile=choose_jit(options.jit, checkpoint.config.block))
     labels, means = [], []
     clips = cli.progress(
         read_clips(test.shards, dataset.num_samples),
         total=test.num_clips, unit="clip", desc="testing", leave=False,
     )  # fmt: skip
-    network = checkpoint.network
     for clip, (predictions,) in predict_clips(network, clips, options.batch_size, stop.check):
         labels.append(clip.labels)
         means.append(predictions.mean(axis=0))
     scores = score(np.array(labels), np.array(means))
+    noted = {
+        "checkpoint": best.name,
+        "roc_auc": scores.macro_roc_auc,
+        "pr_auc": scores.macro_pr_auc,
+    }
+    write_atomically(stage_dir / TEST_NAME, json.dumps(noted).encode() + b"\n")
     cli.say(
-        f"stage {stage}: best checkpoint on test: ROC AUC {scores.macro_roc_auc:.4f}, "
+        f"stage {stage_dir.name}: best checkpoint on test: ROC AUC {scores.macro_roc_auc:.4f}, "
         f"PR AUC {scores.macro_pr_auc:.4f}"
     )
     return scores
@@ -624,6 +697,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="compile the network by XLA; auto does where it was measured to pay (default: auto)",
     )
     add(
+        "--device-cache",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="on JAX, keep the training segments in the device's memory; auto does where they fit "
+        "an accelerator's (default: auto)",
+    )
+    add(
         "--num-read-threads",
         metavar="N",
         type=cli.positive_int,
@@ -679,6 +759,7 @@ def _train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         jit=arguments.jit,
         mixed_precision=arguments.mixed_precision,
+        device_cache=arguments.device_cache,
         num_read_threads=arguments.num_read_threads,
     )
     if options.initial_stage >= options.num_lr_decays:

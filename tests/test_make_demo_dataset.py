@@ -4,13 +4,13 @@ import collections
 import csv
 import hashlib
 
-import av
-import numpy as np
-import pytest
-
 import make_demo_dataset
 from annotations import MTT_TOP_TAGS, read_mtt
 from make_demo_dataset import MTT_TAGS, RECIPES, plan_clips
+
+import av
+import numpy as np
+import pytest
 
 NUM_CLIPS = 16
 # Of the tag columns of MagnaTagATune's annotations_final.csv, joined by tabs.

@@ -1,0 +1,209 @@
+"""Training on JAX: several steps a dispatch, and the segments on the device where they fit.
+
+At tens of thousands of segments a second the host cannot keep up: a segment is 236 KB. Where the
+training set fits the device's memory it is put there once, batches are gathered by number on the
+device, and many steps run in one call. The order is that of every other backend.
+"""
+
+from collections.abc import Callable, Iterator
+
+from input_data import SegmentReader
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+# Share of the device's free memory that the segments may take; the rest is for the network.
+_CACHE_SHARE = 0.6
+_CACHE_CHUNK = 256  # segments read and sent at a time
+_STEPS_PER_DISPATCH = 16
+
+
+def fits_device(num_segments: int, num_samples: int) -> bool:
+    """Whether segments fit beside the network in an accelerator's memory, as float32."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return False
+    stats = device.memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    return num_segments * num_samples * 4 <= _CACHE_SHARE * free
+
+
+class JaxTrainer:
+    """Trains a compiled Keras model by calls of several steps.
+
+    Parameters
+    ----------
+    trainer : keras.Model
+        Compiled with its optimizer and loss; its variables are those before and after each epoch.
+    segments : SegmentReader or None
+        Where batches come from; None where only `run` is called.
+    device_cache : bool
+        Keep all segments in the device's memory.
+    steps_per_dispatch : int or None
+        Steps a call; None for as many as suit the device.
+    """
+
+    def __init__(
+        self,
+        trainer: keras.Model,
+        segments: SegmentReader | None = None,
+        device_cache: bool = False,
+        steps_per_dispatch: int | None = None,
+    ):
+        self._trainer = trainer
+        self._segments = segments
+        on_cpu = jax.devices()[0].platform == "cpu"
+        self.steps_per_dispatch = steps_per_dispatch or (1 if on_cpu else _STEPS_PER_DISPATCH)
+        trainer.optimizer.build(trainer.trainable_variables)
+        self._cache = _read_all(segments) if device_cache else None
+        self._run_batches = jax.jit(self._scan_batches, donate_argnums=0)
+        self._run_cached = jax.jit(self._scan_cached, donate_argnums=0)
+
+    def run_epoch(
+        self, batch_size: int, order: np.ndarray, after_steps: Callable[[int, float], None]
+    ) -> float:
+        """Train on the segments in the given order.
+
+        Parameters
+        ----------
+        batch_size : int
+            Segments a step; a smaller last batch is left out.
+        order : np.ndarray [shape=(n,), dtype=int]
+            Segments of the epoch.
+        after_steps : callable
+            Called with the number of steps done and the last one's loss.
+
+        Returns
+        -------
+        float
+            Mean loss over the steps.
+        """
+        num_steps = len(order) // batch_size
+        rows = order[: num_steps * batch_size].reshape(num_steps, batch_size)
+        losses = []
+
+        def take(dispatched: jax.Array | None) -> None:
+            for loss in [] if dispatched is None else np.asarray(dispatched):
+                losses.append(float(loss))
+                after_steps(len(losses), losses[-1])
+
+        state = self.state()
+        try:
+            waiting = None
+            for inputs in self._dispatches(rows):
+                state, dispatched = self.run(state, *inputs)
+                take(waiting)  # the losses of the call before, while this one runs
+                waiting = dispatched
+            take(waiting)
+        finally:
+            self.set_state(state)
+        return float(np.mean(losses))
+
+    def state(self) -> tuple[list, list, list]:
+        """Take the model's and optimizer's values: trainable, not trainable, optimizer's."""
+        trainer = self._trainer
+        return (
+            [variable.value for variable in trainer.trainable_variables],
+            [variable.value for variable in trainer.non_trainable_variables],
+            [variable.value for variable in trainer.optimizer.variables],
+        )
+
+    def set_state(self, state: tuple[list, list, list]) -> None:
+        """Give values back to the model's and optimizer's variables."""
+        trainer = self._trainer
+        owners = (
+            trainer.trainable_variables,
+            trainer.non_trainable_variables,
+            trainer.optimizer.variables,
+        )
+        for variables, values in zip(owners, state, strict=True):
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+
+    def run(self, state: tuple, *inputs) -> tuple[tuple, jax.Array]:
+        """Run the steps of one dispatch; the given state is used up.
+
+        Parameters
+        ----------
+        state : tuple
+            As `state` returns it.
+        *inputs : np.ndarray
+            Either the numbers of the segments [shape=(n_steps, batch), dtype=int32], or segments
+            [shape=(n_steps, batch, n_samples)] and labels [shape=(n_steps, batch, n_tags)].
+
+        Returns
+        -------
+        state : tuple
+            After the steps.
+        losses : jax.Array [shape=(n_steps,), dtype=float32]
+            One a step.
+        """
+        if len(inputs) == 1:
+            return self._run_cached(state, self._cache, *inputs)
+        return self._run_batches(state, *inputs)
+
+    def set_cache(self, segments: np.ndarray, labels: np.ndarray) -> None:
+        """Keep these segments and labels on the device, for `run` by number."""
+        self._cache = (jnp.asarray(segments), jnp.asarray(labels))
+
+    def _dispatches(self, rows: np.ndarray) -> Iterator[tuple]:
+        steps = self.steps_per_dispatch
+        if self._cache is not None:
+            for start in range(0, len(rows), steps):
+                yield (rows[start : start + steps].astype(np.int32),)
+            return
+        batches = self._segments.batches(rows.shape[1], rows.reshape(-1), prefetch=2 * steps + 2)
+        gathered = []
+        for batch in batches:
+            gathered.append(batch)
+            if len(gathered) == steps:
+                yield tuple(np.stack(part) for part in zip(*gathered, strict=True))
+                gathered = []
+        if gathered:
+            yield tuple(np.stack(part) for part in zip(*gathered, strict=True))
+
+    def _scan_batches(self, state, segments, labels):
+        return jax.lax.scan(lambda s, xy: self._step(s, *xy), state, (segments, labels))
+
+    def _scan_cached(self, state, cache, rows):
+        segments, labels = cache
+
+        def step(s, row):
+            return self._step(s, segments[row], labels[row])
+
+        return jax.lax.scan(step, state, rows)
+
+    def _step(self, state, x, y):
+        trainer = self._trainer
+        trainable, non_trainable, optimizer = state
+
+        def loss_of(trainable):
+            predictions, updated, penalties = trainer.stateless_call(
+                trainable, non_trainable, x, training=True, return_losses=True
+            )
+            loss = keras.ops.mean(keras.losses.binary_crossentropy(y, predictions))
+            return loss + sum(penalties), updated
+
+        (loss, non_trainable), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        trainable, optimizer = trainer.optimizer.stateless_apply(optimizer, gradients, trainable)
+        return (trainable, non_trainable, optimizer), loss
+
+
+def _read_all(segments: SegmentReader) -> tuple[jax.Array, jax.Array]:
+    """Put all segments on the device, some at a time so that the host holds few of them."""
+    samples = jnp.zeros((segments.num_segments, segments.num_samples), jnp.float32)
+    labels = jnp.zeros((segments.num_segments, segments.num_tags), jnp.float32)
+
+    def place(whole, part, start):
+        return jax.lax.dynamic_update_slice(whole, part, (start, 0))
+
+    # Donated, so that the device never holds the segments twice.
+    place = jax.jit(place, donate_argnums=0)
+    order = np.arange(segments.num_segments)
+    start = 0
+    for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False):
+        samples, labels = place(samples, x, start), place(labels, y, start)
+        start += len(x)
+    return samples, labels

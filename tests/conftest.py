@@ -1,0 +1,88 @@
+"""Audio and datasets that several tests need, made once a session; nothing is downloaded."""
+
+import csv
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import build_mtt
+
+import av
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+TAGS = ("guitar", "slow", "techno", "strings", "drums", "electronic", "rock", "fast", "piano",
+        "ambient", "beat", "violin")  # fmt: skip
+# Folder, and so split, of each clip: 12 of train, 6 of val, 6 of test.
+FOLDERS = "0123456789ab" + "cccccc" + "ddeeff"
+CLIP_SECONDS = (4, 6, 4, 9)  # 1, 2, 1 and 3 segments of 59,049 samples at 22,050 Hz
+
+
+def synthesise(seconds, sample_rate=16000, channels=1, tags=(0,), seed=0):
+    """Mix one tone a tag with noise: int16 [shape=(n_samples, channels)]."""
+    random = np.random.default_rng(seed)
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    mix = random.normal(0, 0.02, (len(time), channels))
+    for tag in tags:
+        phase = random.uniform(0, 2 * np.pi, channels)
+        mix += 0.08 * np.sin(2 * np.pi * 220 * 1.3**tag * time[:, np.newaxis] + phase)
+    return np.round(mix * 32767).clip(-32768, 32767).astype(np.int16)
+
+
+def encode_audio(path, samples, sample_rate=16000, codec="libmp3lame", bit_rate=32000):
+    """Write int16 samples [shape=(n_samples, channels)] as the file that its name says."""
+    layout = {1: "mono", 2: "stereo", 6: "5.1"}[samples.shape[1]]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=sample_rate, layout=layout)
+        if bit_rate:
+            stream.bit_rate = bit_rate
+        packed = np.ascontiguousarray(samples).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="s16", layout=layout)
+        frame.sample_rate = sample_rate
+        for resampled in stream.codec_context.encode(frame), stream.codec_context.encode(None):
+            for packet in resampled:
+                packet.stream = stream
+                container.mux(packet)
+    return path
+
+
+def write_dataset(data_dir, num_clips=24, seconds=CLIP_SECONDS):
+    """Write annotations_final.csv and mp3/ of short clips whose tones are their tags."""
+    rows = []
+    for clip in range(num_clips):
+        folder = FOLDERS[clip]
+        # Tags 0-2 on every second clip, 3-5 on every third, and so on; the last in train only.
+        tags = [tag for tag in range(len(TAGS)) if (clip + tag) % (tag // 3 + 2) == 0]
+        if folder not in "0123456789ab":
+            tags = [tag for tag in tags if tag != len(TAGS) - 1]
+        mp3_path = f"{folder}/clip-{clip:02d}-0-{seconds[clip % len(seconds)]}.mp3"
+        (data_dir / "mp3" / folder).mkdir(parents=True, exist_ok=True)
+        samples = synthesise(seconds[clip % len(seconds)], tags=tags, seed=clip)
+        encode_audio(data_dir / "mp3" / mp3_path, samples)
+        rows.append([clip + 2, *(int(tag in tags) for tag in range(len(TAGS))), mp3_path])
+    write_annotations(data_dir / "annotations_final.csv", rows)
+    return data_dir
+
+
+def write_annotations(path, rows, tags=TAGS):
+    """Write rows of clip_id, labels, mp3_path in MagnaTagATune's form."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+        writer.writerow(["clip_id", *tags, "mp3_path"])
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of data that the published program computed."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """Build a dataset of 24 clips of 1 to 3 segments and 12 tags; leave it as it is."""
+    data_dir = write_dataset(tmp_path_factory.mktemp("tiny"))
+    build_mtt.build(data_dir, num_audios_per_shard=4, num_workers=2)
+    return data_dir

@@ -1,0 +1,429 @@
+"""Building shards: what comes out, what is skipped and said, and the same bytes after any end."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import build_mtt
+from audio import cut_segments, decode
+from input_data import open_dataset, read_clips
+
+import numpy as np
+import pytest
+from conftest import TAGS, encode_audio, synthesise, write_annotations, write_dataset
+
+SCRIPT = Path(build_mtt.__file__)
+# Half-second segments of quick clips, in 12 shards.
+OPTIONS = ["--sample-rate", "8000", "--num-samples", "4000", "--num-audios-per-shard", "2"]
+SHARDS = {
+    *(f"train-{shard:04d}-of-0006.tfrecord" for shard in range(6)),
+    *(f"val-{shard:04d}-of-0003.tfrecord" for shard in range(3)),
+    *(f"test-{shard:04d}-of-0003.seq.tfrecord" for shard in range(3)),
+}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """A dataset of 24 clips, three of which are no audio or too short."""
+    data_dir = write_dataset(tmp_path_factory.mktemp("source"), seconds=(1, 2, 1.2, 3))
+    clips = sorted((data_dir / "mp3").rglob("*.mp3"))
+    by_number = {int(clip.name.split("-")[1]): clip for clip in clips}
+    by_number[3].write_bytes(b"")
+    by_number[13].write_text("This is no music.\n" * 100)
+    encode_audio(by_number[20], synthesise(0.2))
+    return data_dir
+
+
+@pytest.fixture
+def data_dir(source, tmp_path):
+    """A copy of the dataset that a test may build in."""
+    return Path(shutil.copytree(source, tmp_path / "dataset"))
+
+
+def command(data_dir, *options):
+    return [sys.executable, str(SCRIPT), "--data-dir", str(data_dir), *OPTIONS, *options]
+
+
+def build(data_dir, *options):
+    """Build by the command line: exit status, standard output, standard error."""
+    done = subprocess.run(
+        command(data_dir, *options), capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def start(data_dir, *options):
+    """Start a build of its own session, that can be killed with all that it started."""
+    return subprocess.Popen(
+        command(data_dir, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def contents(data_dir):
+    """All that a finished build leaves, by name."""
+    folder = data_dir / "tfrecord"
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.fixture(scope="session")
+def finished(source, tmp_path_factory):
+    """An uninterrupted build: its folder and what it said."""
+    data_dir = Path(shutil.copytree(source, tmp_path_factory.mktemp("finished") / "dataset"))
+    status, out, err = build(data_dir, "--num-workers", "2")
+    assert (status, out) == (0, ""), err
+    return data_dir, err
+
+
+# --- What comes out -------------------------------------------------------------------------------
+
+
+def test_shards_and_manifest(finished):
+    data_dir, _ = finished
+    assert contents(data_dir).keys() == SHARDS | {"manifest.json"}
+    manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
+    assert sorted(manifest["tags"]) == sorted(TAGS)
+    assert (manifest["sample_rate"], manifest["num_samples"]) == (8000, 4000)
+    assert manifest["versions"].keys() >= {"python", "av", "numpy"}
+    assert manifest["options"]["num_audios_per_shard"] == 2
+    assert manifest["options"]["decoder"] == "av"
+    splits = manifest["splits"]
+    assert {name: split["clips"] for name, split in splits.items()} == {
+        "train": 11, "val": 5, "test": 5,
+    }  # fmt: skip
+    assert {shard["name"] for split in splits.values() for shard in split["shards"]} == SHARDS
+    for split in splits.values():
+        for count in ("clips", "segments"):
+            assert split[count] == sum(shard[count] for shard in split["shards"])
+
+
+def test_shards_hold_each_clips_segments_and_labels(finished):
+    data_dir, _ = finished
+    dataset = open_dataset(data_dir)
+    rows = (data_dir / "annotations_final.csv").read_text().replace('"', "").splitlines()
+    header, *rows = [row.split("\t") for row in rows]
+    row_of = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    found = {
+        split: list(read_clips(described.shards)) for split, described in dataset.splits.items()
+    }
+    for split, clips in found.items():
+        assert len(clips) == dataset.splits[split].num_clips
+        assert sum(len(clip.segments) for clip in clips) == dataset.splits[split].num_segments
+        for clip in clips:
+            row = row_of[clip.clip_id]
+            assert clip.mp3_path == row["mp3_path"]
+            assert clip.mp3_path[0] in {"train": "0123456789ab", "val": "c", "test": "def"}[split]
+            assert clip.labels.tolist() == [int(row[tag]) for tag in dataset.tags]
+            samples = decode(data_dir / "mp3" / clip.mp3_path, sample_rate=8000)
+            np.testing.assert_array_equal(clip.segments, cut_segments(samples, 4000))
+    identities = [clip.clip_id for clips in found.values() for clip in clips]
+    skipped = [str(number + 2) for number in (3, 13, 20)]
+    assert sorted(identities + skipped) == sorted(row_of)
+
+
+def test_skipped_clips_are_named_with_reasons(finished):
+    data_dir, err = finished
+    manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
+    skipped = {row["clip_id"]: row for row in manifest["skipped"]}
+    assert skipped.keys() == {"5", "15", "22"}
+    for clip_id, reason in [
+        ("5", "the file is empty"),
+        ("15", "cannot be decoded: Invalid data found when processing input"),
+        ("22", "samples are less than one segment of 4000"),
+    ]:
+        row = skipped[clip_id]
+        assert reason in row["reason"]
+        assert row["reason"].startswith(f"{row['mp3_path']}: ")
+        assert f"skipped clip {clip_id}: {row['reason']}\n" in err
+    assert "train: 11 clips" in err
+    assert "3 clips skipped" in err
+
+
+# --- The same bytes -------------------------------------------------------------------------------
+
+
+def test_building_again_does_nothing(finished, data_dir):
+    expected = contents(finished[0])
+    shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
+    shutil.rmtree(data_dir / "mp3")
+    # The one clip that is left stands for the rest: none is decoded.
+    (data_dir / "mp3" / "0").mkdir(parents=True)
+    (data_dir / "mp3" / "0" / "clip-00-0-1.mp3").touch()
+    before = {path.name: path.stat().st_mtime_ns for path in (data_dir / "tfrecord").iterdir()}
+    assert build_mtt.main(command(data_dir)[2:]) == 0
+    assert contents(data_dir) == expected
+    after = {path.name: path.stat().st_mtime_ns for path in (data_dir / "tfrecord").iterdir()}
+    assert {name for name in SHARDS if before[name] == after[name]} == SHARDS
+
+
+@pytest.mark.parametrize("num_workers", ["1", "3"])
+def test_number_of_workers_does_not_matter(finished, data_dir, num_workers):
+    assert build_mtt.main([*command(data_dir)[2:], "--num-workers", num_workers]) == 0
+    assert contents(data_dir) == contents(finished[0])
+
+
+def test_deleted_shards_are_made_again(finished, data_dir):
+    shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
+    gone = ["train-0003-of-0006.tfrecord", "test-0001-of-0003.seq.tfrecord"]
+    for name in gone:
+        (data_dir / "tfrecord" / name).unlink()
+    kept = data_dir / "tfrecord" / "train-0000-of-0006.tfrecord"
+    written = kept.stat().st_mtime_ns
+    assert build_mtt.main(command(data_dir)[2:]) == 0
+    assert contents(data_dir) == contents(finished[0])
+    assert kept.stat().st_mtime_ns == written
+
+
+def wait_until(is_true, process, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        if process.poll() is not None:
+            return
+        time.sleep(0.002)
+
+
+def kill_and_go_on(data_dir, moment, expected):
+    """Kill a build, its parent process only, at a moment; build again; compare."""
+    process = start(data_dir, "--num-workers", "2")
+    moment(process)
+    process.kill()
+    process.communicate()
+    status, _, err = build(data_dir, "--num-workers", "2")
+    assert status == 0, err
+    assert contents(data_dir) == expected
+
+
+@pytest.mark.parametrize("num_shards", [0, 1, 5])
+def test_killed_build_goes_on_to_the_same_bytes(finished, data_dir, num_shards):
+    folder = data_dir / "tfrecord"
+
+    def moment(process):
+        wait_until(folder.is_dir, process)
+        wait_until(lambda: len(list(folder.glob("*.tfrecord"))) >= num_shards, process)
+
+    kill_and_go_on(data_dir, moment, contents(finished[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
+def test_build_killed_at_a_random_moment_goes_on(finished, data_dir, seed):
+    random = np.random.default_rng(seed)
+    # From first imports past the end, most of them while shards are written.
+    seconds = random.uniform(0, 0.3)
+    num_shards = random.integers(0, 13)
+    folder = data_dir / "tfrecord"
+
+    def moment(process):
+        wait_until(lambda: len(list(folder.glob("*.tfrecord"))) >= num_shards, process)
+        time.sleep(seconds)
+
+    kill_and_go_on(data_dir, moment, contents(finished[0]))
+
+
+def test_leftovers_of_a_killed_build_are_cleared(finished, data_dir):
+    (data_dir / "tfrecord").mkdir()
+    (data_dir / "tfrecord" / ".train-0000-of-0006.tfrecord.123.tmp").write_bytes(b"half")
+    assert build_mtt.main(command(data_dir)[2:]) == 0
+    assert contents(data_dir) == contents(finished[0])
+
+
+# --- Workers --------------------------------------------------------------------------------------
+
+
+def workers_of(process):
+    """List the process ids of a build's workers."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    with contextlib.suppress(OSError):
+        return [
+            int(child)
+            for child in children.read_text().split()
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+    return []
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+
+
+@needs_proc
+def test_death_of_a_worker_is_said_and_ends_the_build(data_dir):
+    process = start(data_dir, "--num-workers", "2")
+    wait_until(lambda: len(workers_of(process)) == 2, process)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    *_, last = err.strip().splitlines()
+    assert last.startswith("build_mtt.py: error: a worker process died (")
+    assert "run the same command again" in last
+
+
+@needs_proc
+@pytest.mark.parametrize("num_shards", [0, 1])
+def test_workers_end_with_a_killed_parent(data_dir, num_shards):
+    process = start(data_dir, "--num-workers", "2")
+    wait_until(lambda: len(workers_of(process)) == 2, process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    wait_until(lambda: len([*data_dir.glob("tfrecord/*.tfrecord")]) >= num_shards, process)
+    process.kill()
+    process.communicate(timeout=10)
+    deadline = time.monotonic() + 10
+    while alive := [worker for worker in workers if is_running(worker)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
+
+
+def is_running(process_id):
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@needs_proc
+@pytest.mark.parametrize("num_shards", [0, 1])
+def test_interrupt_is_one_line(data_dir, num_shards):
+    process = start(data_dir, "--num-workers", "2")
+    wait_until(lambda: len(workers_of(process)) == 2, process)
+    wait_until(lambda: len([*data_dir.glob("tfrecord/*.tfrecord")]) >= num_shards, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.endswith("build_mtt.py: error: interrupted\n")
+
+
+def test_error_in_a_worker_is_one_line(data_dir):
+    # A folder stands where the shard should, so that the file cannot be given its name.
+    blocked = data_dir / "tfrecord" / "train-0002-of-0006.tfrecord"
+    (blocked / "in the way").mkdir(parents=True)
+    status, _, err = build(data_dir)
+    assert status == 1
+    assert "Traceback" not in err
+    assert "train-0002-of-0006.tfrecord" in err.splitlines()[-1]
+    assert "directory" in err.splitlines()[-1]
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def refusal(capsys, data_dir, *options):
+    """Run in this process, expect a refusal, and return its line."""
+    status = build_mtt.main(["--data-dir", str(data_dir), *OPTIONS, *options])
+    out, err = capsys.readouterr()
+    assert (status, out) == (1, "")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--num-samples", "4001"], "--num-samples was 4000, now 4001"),
+        (["--sample-rate", "16000"], "--sample-rate was 8000, now 16000"),
+        (["--num-audios-per-shard", "3"], "--num-audios-per-shard was 2, now 3"),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_other_options_are_refused(capsys, finished, data_dir, options, found, is_finished):
+    folder = shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
+    if not is_finished:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / ".progress").mkdir()
+        (folder / ".progress" / "options.json").write_text(json.dumps(manifest["options"]))
+        (folder / "manifest.json").unlink()
+    before = contents_of_files(folder)
+    line = refusal(capsys, data_dir, *options)
+    assert found in line
+    assert "use the same options, or delete this folder" in line
+    assert contents_of_files(folder) == before
+
+
+def contents_of_files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_changed_annotations_are_refused(capsys, finished, data_dir):
+    shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
+    with open(data_dir / "annotations_final.csv", "a") as file:
+        file.write("\t".join(["999", *["1"] * len(TAGS), "0/new.mp3"]) + "\n")
+    assert "annotations_final.csv has changed since" in refusal(capsys, data_dir)
+
+
+def test_second_build_at_once_is_refused(capsys, data_dir):
+    (data_dir / "tfrecord").mkdir()
+    with open(data_dir / "tfrecord" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = refusal(capsys, data_dir)
+    assert f"{data_dir / 'tfrecord'}: another build is at work here" in line
+
+
+def test_no_dataset_says_what_to_download(capsys, tmp_path):
+    for data_dir in (tmp_path / "nowhere", tmp_path):
+        line = refusal(capsys, data_dir)
+        assert line.startswith(f"{Path(sys.argv[0]).name}: error: {data_dir}: no dataset here: ")
+        assert "download annotations_final.csv and mp3.zip.001-003 from " in line
+
+
+def test_clips_in_another_folder_are_not_all_skipped(capsys, data_dir):
+    (data_dir / "mp3" / "unpacked").mkdir()
+    for folder in "0123456789abcdef":
+        (data_dir / "mp3" / folder).rename(data_dir / "mp3" / "unpacked" / folder)
+    line = refusal(capsys, data_dir)
+    assert f"{data_dir / 'mp3'}: none of the 24 clips is here" in line
+    assert f"{data_dir / 'mp3' / '0' / 'clip-00-0-1.mp3'}" in line
+
+
+def test_broken_annotations_are_refused(capsys, data_dir):
+    path = data_dir / "annotations_final.csv"
+    write_annotations(path, [["1", *[2] * len(TAGS), "0/clip-00-0-1.mp3"]])
+    assert f"{path}: row 2, column '{TAGS[0]}': found '2'" in refusal(capsys, data_dir)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--num-samples", "0"], ["--sample-rate", "x"], ["--num-workers", "0"], ["--decoder", "sox"],
+     ["--num-audios-per-shard", "-1"], ["--unknown"], ["stray"]],
+)  # fmt: skip
+def test_bad_options_are_usage_errors(capsys, data_dir, options):
+    with pytest.raises(SystemExit) as caught:
+        build_mtt.main(["--data-dir", str(data_dir), *options])
+    assert caught.value.code == 2
+    assert options[0] in capsys.readouterr().err
+    assert not (data_dir / "tfrecord").exists()
+
+
+# --- Help -----------------------------------------------------------------------------------------
+
+
+def test_help_ends_with_examples():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
+    )
+    examples = done.stdout.partition("examples:\n")[2].splitlines()
+    assert len(examples) >= 2
+    assert all(line.startswith("  python build_mtt.py --data-dir ") for line in examples)
+    for option in ("--sample-rate HZ", "--num-samples N", "--num-workers N", "--verbose"):
+        assert option in done.stdout
+    assert " ".join(done.stdout.split()).count("(default: ") == 7
+
+
+def test_building_needs_no_deep_learning_library():
+    run = [sys.executable, "-c", "import sys, build_mtt; print(*sys.modules)"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=SCRIPT.parent)
+    modules = set(done.stdout.split())
+    assert "build_mtt" in modules
+    assert not modules & {"tensorflow", "keras", "torch", "jax"}

@@ -1,0 +1,189 @@
+"""eval.py: what it prints, writes and refuses."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import eval as eval_script
+from checkpoints import Checkpoint, save
+from input_data import open_dataset, read_clips
+from model import NetworkConfig, build_network
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_model(path, dataset, seed=0, **options):
+    config = NetworkConfig(
+        **{"block": "se", "init_features": 2, "alpha": 2, "num_tags": len(dataset.tags)} | options
+    )
+    network = build_network(config)
+    random = np.random.default_rng(seed)
+    network.set_weights(
+        [random.uniform(-0.5, 1, weight.shape).astype("f") ** 2 for weight in network.get_weights()]
+    )
+    tags = dataset.tags if config.num_tags == len(dataset.tags) else ("x",) * config.num_tags
+    save(path, Checkpoint(network, config, tags, dataset.sample_rate))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_path(tiny_dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return make_model(folder / "se.keras", open_dataset(tiny_dataset))
+
+
+def run_eval(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=120, cwd=cwd,
+    )  # fmt: skip
+
+
+def test_scores_and_report(tiny_dataset, model_path, tmp_path):
+    report = tmp_path / "deep" / "report"
+    done = run_eval(model_path, "--data-dir", tiny_dataset, "--report", report, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    dataset = open_dataset(tiny_dataset)
+    clips = list(read_clips(dataset.splits["test"].shards))
+    labels = np.array([clip.labels for clip in clips])
+    known = [len(set(column)) == 2 for column in labels.T]
+    predictions = pd.read_csv(report / "predictions.csv", dtype={"clip_id": str})
+    assert list(predictions.columns) == ["clip_id", "mp3_path", *dataset.tags]
+    assert predictions["clip_id"].tolist() == [clip.clip_id for clip in clips]
+    assert predictions["mp3_path"].tolist() == [clip.mp3_path for clip in clips]
+    values = predictions[list(dataset.tags)].to_numpy()
+    roc_auc = roc_auc_score(labels[:, known], values[:, known], average="macro")
+    pr_auc = average_precision_score(labels[:, known], values[:, known], average="macro")
+
+    assert done.stdout == f"=> @ ROC AUC score: {roc_auc:.4f}\n=> @ PR AUC score: {pr_auc:.4f}\n"
+    assert re.match(r"=> @ ROC AUC score: 0\.\d{4}\n", done.stdout)
+
+    left_out = [tag for tag, is_known in zip(dataset.tags, known, strict=True) if not is_known]
+    assert left_out, "the test needs a tag that the test clips lack"
+    assert f"{len(left_out)} tags without both classes" in done.stderr
+    assert ", ".join(left_out) in done.stderr
+
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["roc_auc"] == pytest.approx(roc_auc, abs=1e-7)
+    assert metrics["pr_auc"] == pytest.approx(pr_auc, abs=1e-7)
+    assert metrics["num_clips"] == len(clips)
+    assert metrics["num_tags"] == len(dataset.tags)
+    assert metrics["num_tags_scored"] == sum(known)
+    assert metrics["tags_not_scored"] == left_out
+
+    per_tag = pd.read_csv(report / "per_tag.csv")
+    assert list(per_tag.columns) == ["tag", "positives", "roc_auc", "pr_auc"]
+    assert per_tag["tag"].tolist() == list(dataset.tags)
+    assert per_tag["positives"].tolist() == labels.sum(axis=0).tolist()
+    assert per_tag["roc_auc"].mean() == pytest.approx(roc_auc, abs=1e-6)
+    assert per_tag["pr_auc"].mean() == pytest.approx(pr_auc, abs=1e-6)
+
+    image = matplotlib.image.imread(report / "per_tag.png")
+    assert image.shape[0] > 200 and image.shape[1] > 400
+    assert image.std() > 0.01  # not blank
+
+
+def published_shards(golden, data_dir):
+    """The shards of the published program, with its training shard as validation too."""
+    folder = data_dir / "tfrecord"
+    folder.mkdir(parents=True)
+    for path in (golden / "tfrecord").glob("*.tfrecord"):
+        shutil.copy(path, folder)
+    shutil.copy(folder / "train-0000-of-0001.tfrecord", folder / "val-0000-of-0001.tfrecord")
+    return data_dir
+
+
+def test_published_model_on_published_shards(golden, tmp_path):
+    data_dir = published_shards(golden, tmp_path / "data")
+    model = golden / "checkpoints" / "se-multi.hdf5"
+    tags, clips, predictions, scores = eval_script.evaluate(model, data_dir)
+    expected = np.load(golden / "expected.npz")["se-multi/predictions"][10:]
+    assert (len(clips), len(tags)) == (1, 50)
+    np.testing.assert_allclose(predictions[0], expected.mean(axis=0), atol=1e-5)
+    assert np.isnan(scores.macro_roc_auc)  # one clip has no two classes
+
+
+def test_nothing_to_score(golden, tmp_path, capsys):
+    data_dir = published_shards(golden, tmp_path / "data")
+    model = str(golden / "checkpoints" / "se-multi.hdf5")
+    report = tmp_path / "report"
+    assert eval_script.main([model, "--data-dir", str(data_dir), "--report", str(report)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("=> @ ROC AUC score: nan\n")
+    assert "50 tags without both classes" in printed.err
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["roc_auc"] is None and metrics["num_tags_scored"] == 0
+    assert (report / "per_tag.png").stat().st_size > 0
+
+
+def refused(capsys, status, *arguments):
+    assert eval_script.main(list(map(str, arguments))) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and "Traceback" not in printed.err
+    return lines[0]
+
+
+def test_errors(tiny_dataset, model_path, tmp_path, capsys):
+    assert "none.keras" in refused(
+        capsys, 2, tmp_path / "none.keras", "--data-dir", tiny_dataset
+    )  # fmt: skip
+    message = refused(capsys, 1, model_path, "--data-dir", tmp_path / "nowhere")
+    assert "nowhere" in message and "no dataset here" in message
+
+    dataset = open_dataset(tiny_dataset)
+    other = make_model(tmp_path / "other.keras", dataset, num_tags=7)
+    message = refused(capsys, 2, other, "--data-dir", tiny_dataset)
+    assert f"7 tags, {tiny_dataset} has {len(dataset.tags)}" in message
+
+    (tmp_path / "text.keras").write_text("epoch,loss\n")
+    assert "not a model file" in refused(
+        capsys, 1, tmp_path / "text.keras", "--data-dir", tiny_dataset
+    )
+
+
+def test_a_model_that_predicts_no_numbers(tiny_dataset, tmp_path, capsys):
+    dataset = open_dataset(tiny_dataset)
+    config = NetworkConfig(block="basic", init_features=2, num_tags=len(dataset.tags))
+    network = build_network(config)
+    network.get_layer("hidden_bn").beta.assign(np.full(16, 1e38, "f"))
+    tags = network.get_layer("tags")
+    signs = np.resize([1e38, -1e38], tags.kernel.shape[::-1]).T  # sums of inf and -inf
+    tags.kernel.assign(signs.astype("f"))
+    save(tmp_path / "wild.keras", Checkpoint(network, config, dataset.tags))
+    message = refused(capsys, 1, tmp_path / "wild.keras", "--data-dir", tiny_dataset)
+    assert "no numbers" in message
+
+
+def test_no_test_clips(golden, model_path, tmp_path, capsys):
+    data_dir = published_shards(golden, tmp_path / "data")
+    next((data_dir / "tfrecord").glob("*.seq.tfrecord")).unlink()
+    assert "no test clips" in refused(capsys, 2, model_path, "--data-dir", data_dir)
+
+
+def test_error_as_a_subprocess(tmp_path):
+    done = run_eval("none.hdf5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("eval.py: error: none.hdf5: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["model.keras", "--batch-size", "0"]])
+def test_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        eval_script.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: " in capsys.readouterr().err

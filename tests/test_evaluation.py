@@ -1,0 +1,185 @@
+"""Predictions over clips and their scores."""
+
+from pathlib import Path
+
+import eval as eval_script
+from checkpoints import Checkpoint, save
+from errors import UsageError
+from evaluation import binary_crossentropy, check_fits, predict_clips, score
+from input_data import Clip, Dataset, open_dataset, read_clips
+from model import NetworkConfig, build_network
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+
+class Sums:
+    """A model of two outputs that can be checked by hand: sums over a segment, and its maximum."""
+
+    input_shape = (None, 4)
+
+    def __init__(self):
+        self.batches = []
+
+    def predict_on_batch(self, batch):
+        self.batches.append(batch.shape)
+        return [batch @ np.arange(8, dtype=np.float32).reshape(4, 2), batch.max(axis=1)]
+
+
+def clips_of(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [
+        Clip(random.standard_normal((n, 4)).astype(np.float32), np.array([n % 2]), str(number))
+        for number, n in enumerate(lengths)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), max_size=12),
+    batch_size=st.integers(1, 40),
+)
+def test_any_batch_size_gives_the_same(lengths, batch_size):
+    clips, model, num_calls = clips_of(lengths), Sums(), []
+    result = list(predict_clips(model, clips, batch_size, lambda: num_calls.append(1)))
+    assert [clip.clip_id for clip, _ in result] == [clip.clip_id for clip in clips]
+    for clip, (sums, maxima) in result:
+        expected_sums, expected_maxima = Sums().predict_on_batch(clip.segments)
+        np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(maxima, expected_maxima)
+    # One shape only, and no more batches than there must be.
+    assert set(model.batches) <= {(batch_size, 4)}
+    assert len(model.batches) == len(num_calls) == -(-sum(lengths) // batch_size)
+
+
+def test_clips_come_as_soon_as_they_are_done():
+    """A long split is not held in memory: at most a batch of clips is waiting."""
+    read = []
+
+    def reading():
+        for clip in clips_of([2] * 50):
+            read.append(clip)
+            yield clip
+
+    for done, _ in enumerate(predict_clips(Sums(), reading(), batch_size=6)):
+        assert len(read) - done <= 4
+
+
+def test_scores_are_scikit_learns():
+    random = np.random.default_rng(0)
+    labels = (random.uniform(size=(40, 7)) < 0.3).astype(np.uint8)
+    predictions = np.round(random.uniform(size=(40, 7)), 1)  # with ties
+    scores = score(labels, predictions)
+    assert scores.macro_roc_auc == pytest.approx(
+        roc_auc_score(labels, predictions, average="macro"), abs=1e-12
+    )
+    assert scores.macro_pr_auc == pytest.approx(
+        average_precision_score(labels, predictions, average="macro"), abs=1e-12
+    )
+    assert scores.roc_auc[3] == roc_auc_score(labels[:, 3], predictions[:, 3])
+    assert scores.positives.tolist() == labels.sum(axis=0).tolist()
+
+
+def test_tags_of_one_class_are_left_out():
+    labels = np.array([[1, 1, 0], [0, 1, 0], [1, 1, 0], [0, 1, 0]])
+    predictions = np.array([[0.9, 0.1, 0.2], [0.4, 0.2, 0.3], [0.3, 0.7, 0.1], [0.2, 0.5, 0.6]])
+    scores = score(labels, predictions)
+    assert np.isnan(scores.roc_auc).tolist() == [False, True, True]
+    assert np.isnan(scores.pr_auc).tolist() == [False, True, True]
+    assert scores.macro_roc_auc == scores.roc_auc[0] == 0.75
+    assert scores.positives.tolist() == [2, 4, 0]
+    nothing = score(labels[:, 1:], predictions[:, 1:])
+    assert np.isnan(nothing.macro_roc_auc) and np.isnan(nothing.macro_pr_auc)
+
+
+def test_binary_crossentropy_is_keras():
+    import keras
+
+    random = np.random.default_rng(0)
+    labels = (random.uniform(size=(9, 5)) < 0.5).astype(np.float32)
+    predictions = random.uniform(size=(9, 5)).astype(np.float32)
+    predictions[0] = labels[0] = 1  # certain, and right
+    predictions[1], labels[1] = 1, 0  # certain, and wrong
+    # Keras's float32 rounds 1 - 1e-7, where a certain error is clipped: 15.9 instead of 16.1.
+    expected = float(np.mean(np.asarray(keras.losses.binary_crossentropy(labels, predictions))))
+    assert binary_crossentropy(labels, predictions) == pytest.approx(expected, rel=2e-2)
+    assert binary_crossentropy(labels[2:], predictions[2:]) == pytest.approx(
+        -np.log(np.where(labels, predictions, 1 - predictions)[2:]).mean(), rel=1e-6
+    )
+
+
+@pytest.fixture(scope="module")
+def model_path(tiny_dataset, tmp_path_factory):
+    dataset = open_dataset(tiny_dataset)
+    config = NetworkConfig(
+        block="res", init_features=2, alpha=2, num_tags=len(dataset.tags),
+        num_samples=dataset.num_samples,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model") / "res.keras"
+    save(path, Checkpoint(build_network(config), config, dataset.tags, dataset.sample_rate))
+    return path
+
+
+def test_a_clip_is_the_mean_of_its_segments(tiny_dataset, model_path):
+    """Clips of different lengths weigh as one clip each."""
+    import checkpoints
+
+    dataset = open_dataset(tiny_dataset)
+    clips = list(read_clips(dataset.splits["test"].shards))
+    lengths = [len(clip.segments) for clip in clips]
+    assert len(set(lengths)) > 1
+    network = checkpoints.load(model_path).network
+    expected = np.array(
+        [network.predict_on_batch(clip.segments).mean(axis=0, dtype=np.float64) for clip in clips]
+    )
+    labels = np.array([clip.labels for clip in clips])
+    known = [tag for tag in range(labels.shape[1]) if len(set(labels[:, tag])) == 2]
+
+    for batch_size in (1, 4, 32):
+        tags, found, predictions, scores = eval_script.evaluate(
+            model_path, tiny_dataset, batch_size
+        )
+        assert tags == dataset.tags
+        assert [clip.clip_id for clip in found] == [clip.clip_id for clip in clips]
+        assert predictions.shape == (len(clips), len(tags))
+        np.testing.assert_allclose(predictions, expected, atol=1e-6)
+        assert scores.macro_roc_auc == pytest.approx(
+            roc_auc_score(labels[:, known], predictions[:, known], average="macro"), abs=1e-12
+        )
+        assert (~np.isnan(scores.roc_auc)).nonzero()[0].tolist() == known
+
+
+def test_evaluation_keeps_no_audio(tiny_dataset, model_path):
+    _, clips, _, _ = eval_script.evaluate(model_path, tiny_dataset)
+    for clip in clips:
+        assert clip.segments.nbytes == 0
+        assert clip.segments.base is None, "a view keeps the segments in memory"
+
+
+def fitting(**options):
+    config = NetworkConfig(**{"init_features": 2, "alpha": 2, "num_tags": 3} | options)
+    dataset = Dataset(Path("data"), ("a", "b", "c"), 22050, 59049, {})
+    return dataset, Checkpoint(None, config, ("a", "b", "c"))
+
+
+def test_check_fits():
+    dataset, checkpoint = fitting()
+    check_fits(dataset, checkpoint)
+    checkpoint.tags = ("tag 0", "tag 1", "tag 2")  # as an .hdf5 without names
+    check_fits(dataset, checkpoint)
+    checkpoint.tags = ("a", "c", "b")
+    with pytest.raises(UsageError, match="tag 1 is 'c' in the model and 'b' in data"):
+        check_fits(dataset, checkpoint)
+    dataset, checkpoint = fitting()
+    checkpoint.sample_rate = 16000
+    with pytest.raises(UsageError, match="16000 Hz, data has 22050"):
+        check_fits(dataset, checkpoint)
+    dataset, checkpoint = fitting(num_samples=60000)
+    with pytest.raises(UsageError, match="60000 samples a segment, data has 59049"):
+        check_fits(dataset, checkpoint)
+    dataset, checkpoint = fitting(num_tags=4)
+    with pytest.raises(UsageError, match="4 tags, data has 3"):
+        check_fits(dataset, checkpoint)

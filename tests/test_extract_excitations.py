@@ -1,0 +1,103 @@
+"""extract_excitations.py: the table it writes, and what it refuses."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import extract_excitations
+from annotations import MTT_TOP_TAGS
+from input_data import open_dataset, read_clips
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_eval import make_model, published_shards
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["se-multi", "rese-nomulti"])
+def test_excitations_are_the_published(golden, tmp_path, name):
+    data_dir = published_shards(golden, tmp_path / "data")
+    table = extract_excitations.extract(golden / "checkpoints" / f"{name}.hdf5", data_dir)
+    assert list(table.columns) == ["ex", "depth", *MTT_TOP_TAGS, "clip_id", "mp3_path"]
+    assert table["depth"].tolist() == list(range(9))
+    expected = np.load(golden / "expected.npz")
+    worst = 0
+    for depth in range(9):
+        mean = expected[f"{name}/excitations_{depth}"][10:].mean(axis=0)
+        found = table["ex"][depth]
+        assert found.dtype == np.float32 and found.shape == mean.shape
+        np.testing.assert_allclose(found, mean, atol=1e-5)
+        worst = max(worst, np.abs(found - mean).max())
+    print(f"{name}: largest difference of mean excitations {worst:.1e}")
+    (clip,) = read_clips([data_dir / "tfrecord" / "test-0000-of-0001.seq.tfrecord"])
+    for row in range(9):
+        assert table.loc[row, list(MTT_TOP_TAGS)].tolist() == clip.labels.tolist()
+
+
+def test_as_a_subprocess(tiny_dataset, tmp_path):
+    dataset = open_dataset(tiny_dataset)
+    model = make_model(tmp_path / "se.keras", dataset)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "extract_excitations.py"), str(model), "--data-dir",
+         str(tiny_dataset)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["excitations.pkl", "se.keras"]
+    table = pd.read_pickle(tmp_path / "excitations.pkl")
+    clips = list(read_clips(dataset.splits["test"].shards))
+    assert len(table) == 9 * len(clips)
+    assert "54 rows, 6 clips at 9 depths" in done.stderr
+    assert list(table.columns) == ["ex", "depth", *dataset.tags, "clip_id", "mp3_path"]
+    for clip, (clip_id, rows) in zip(clips, table.groupby("clip_id", sort=False), strict=True):
+        assert clip_id == clip.clip_id
+        assert rows["mp3_path"].unique().tolist() == [clip.mp3_path]
+        assert rows["depth"].tolist() == list(range(9))
+        assert [len(ex) for ex in rows["ex"]] == [2, 2, 4, 4, 4, 4, 4, 4, 8]
+        assert (rows[list(dataset.tags)].to_numpy() == clip.labels).all()
+    with open(tmp_path / "excitations.pkl", "rb") as file:
+        assert pickle.load(file).equals(table)
+
+
+def test_same_through_any_batch_size(tiny_dataset, tmp_path):
+    model = make_model(tmp_path / "rese.keras", open_dataset(tiny_dataset), block="rese")
+    one, many = (extract_excitations.extract(model, tiny_dataset, size) for size in (1, 32))
+    np.testing.assert_allclose(np.concatenate(one["ex"]), np.concatenate(many["ex"]), atol=1e-6)
+    assert one.drop(columns="ex").equals(many.drop(columns="ex"))
+
+
+def refused(capsys, status, *arguments):
+    assert extract_excitations.main(list(map(str, arguments))) == status
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and printed.out == "" and "Traceback" not in printed.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("block", ["res", "basic"])
+def test_models_without_excitations(golden, tmp_path, capsys, block):
+    data_dir = published_shards(golden, tmp_path / "data")
+    model = golden / "checkpoints" / f"{block}-multi.hdf5"
+    message = refused(
+        capsys, 2, model, "--data-dir", data_dir, "--out", tmp_path / "excitations.pkl"
+    )
+    assert f"{block} blocks has no excitations" in message and "se or rese" in message
+    assert not (tmp_path / "excitations.pkl").exists()
+
+
+def test_other_errors(tiny_dataset, golden, tmp_path, capsys):
+    model = golden / "checkpoints" / "se-multi.hdf5"
+    assert "50 tags" in refused(
+        capsys, 2, model, "--data-dir", tiny_dataset, "--out", tmp_path / "x.pkl"
+    )
+    assert "none.keras" in refused(capsys, 2, tmp_path / "none.keras")
+    assert "nowhere" in refused(capsys, 1, model, "--data-dir", tmp_path / "nowhere")
+    out = tmp_path / "no" / "x.pkl"
+    assert str(out) in refused(capsys, 2, model, "--data-dir", tiny_dataset, "--out", out)
+    assert not list(tmp_path.glob("*.pkl"))

@@ -1,0 +1,241 @@
+"""The network: its parameters, layers, initial weights and parts."""
+
+import model
+from errors import UsageError
+from model import NetworkConfig, build_excitations, build_network, kernel_initializer
+
+import h5py
+import numpy as np
+import pytest
+
+PUBLISHED_PARAMETERS = {
+    ("se", True): 24_749_618,
+    ("se", False): 23_935_026,
+    ("rese", True): 26_993_202,
+    ("rese", False): 26_178_610,
+    ("res", True): 4_933_938,
+    ("res", False): 4_119_346,
+    ("basic", True): 2_690_354,
+    ("basic", False): 1_875_762,
+}
+WIDTHS = (128, 128, 256, 256, 256, 256, 256, 256, 512)
+
+
+@pytest.fixture(scope="module", params=PUBLISHED_PARAMETERS, ids=lambda key: f"{key[0]}-{key[1]}")
+def full_size(request):
+    block, multi = request.param
+    return request.param, build_network(NetworkConfig(block=block, multi=multi))
+
+
+def small(block="se", **options):
+    return NetworkConfig(
+        **{"block": block, "init_features": 2, "alpha": 2, "num_tags": 5} | options
+    )
+
+
+def layers_of(network, *kinds):
+    return [layer for layer in network.layers if type(layer).__name__ in kinds]
+
+
+def uniform_limit(shape, published):
+    """Limit of a kernel's uniform distribution, written out from the definitions."""
+    if len(shape) == 2:  # Dense: glorot_uniform
+        return np.sqrt(6 / (shape[0] + shape[1]))
+    width, channels_in, channels_out = shape
+    if published:
+        # Fans over the first two axes, as Keras 2.0.5 took them: the third counts once more.
+        fan_in, fan_out = width * channels_in * channels_in, width * channels_in * channels_out
+    else:
+        fan_in, fan_out = width * channels_in, width * channels_out
+    return np.sqrt(6 / (fan_in + fan_out)) if width == 1 else np.sqrt(6 / fan_in)
+
+
+def assert_uniform(kernel, limit, name):
+    """Check bound and spread; each bound fails by chance less than once in a million kernels."""
+    n = kernel.size
+    largest = np.abs(kernel).max() / limit
+    assert largest <= 1 + 1e-6, name
+    assert largest >= 1 - 20 / n, name
+    assert kernel.std() / limit == pytest.approx(3**-0.5, rel=3 / n**0.5), name
+    assert abs(kernel.mean()) / limit < 4 / n**0.5, name
+
+
+def test_parameters_are_the_published(full_size):
+    key, network = full_size
+    assert network.count_params() == PUBLISHED_PARAMETERS[key]
+
+
+def test_published_initial_weights(full_size):
+    _, network = full_size
+    for layer in layers_of(network, "Conv1D", "Dense"):
+        kernel = np.asarray(layer.kernel)
+        assert_uniform(kernel, uniform_limit(kernel.shape, published=True), layer.name)
+        assert not np.asarray(layer.bias).any(), layer.name
+    for layer in layers_of(network, "BatchNormalization"):
+        values = [np.unique(np.asarray(weight)).tolist() for weight in layer.weights]
+        assert values == [[1.0], [0.0], [0.0], [1.0]], layer.name
+
+
+def test_layers_follow_the_paper(full_size):
+    (block, multi), network = full_size
+    is_residual, has_se = block in ("res", "rese"), block in ("se", "rese")
+    expected, channels_in = [("conv0", (3, 1, 128))], 128
+    for number, width in enumerate(WIDTHS):
+        name = f"block{number}"
+        if is_residual and width != channels_in:
+            expected.append((f"{name}_shortcut", (1, channels_in, width)))
+        expected.append((f"{name}_conv1", (3, channels_in, width)))
+        if is_residual:
+            expected.append((f"{name}_conv2", (3, width, width)))
+        if has_se:
+            expected.append((f"{name}_se_fc", (width, 16 * width)))
+            expected.append((f"{name}_se_excitation", (16 * width, width)))
+        channels_in = width
+    hidden = 256 + 256 + 512 if multi else 512
+    expected += [("hidden", (hidden, hidden)), ("tags", (hidden, 50))]
+
+    kernels = {
+        layer.name: tuple(layer.kernel.shape) for layer in layers_of(network, "Conv1D", "Dense")
+    }
+    assert kernels == dict(expected)
+    # Keras lists parallel branches by depth; along the main path the order is the paper's.
+    path = [name for name, _ in expected if "shortcut" not in name]
+    assert [name for name in kernels if "shortcut" not in name] == path
+    assert {layer.strides for layer in layers_of(network, "Conv1D")[1:]} == {(1,)}
+    assert network.get_layer("conv0").strides == (3,)
+    assert network.get_layer("conv0").padding == "valid"
+
+
+def test_frames_fall_by_three(full_size):
+    (_, multi), network = full_size
+    frames = [network.get_layer(f"block{number}_relu").output.shape[1] for number in range(9)]
+    assert frames == [3**power for power in range(8, -1, -1)]
+    maxima = [layer.name for layer in layers_of(network, "GlobalMaxPooling1D")]
+    assert maxima == (["block6_max", "block7_max", "block8_max"] if multi else ["block8_max"])
+
+
+def test_normalization_and_dropout(full_size):
+    (block, _), network = full_size
+    for layer in layers_of(network, "BatchNormalization"):
+        assert (layer.momentum, layer.epsilon) == (0.99, 1e-3), layer.name
+    rates = {layer.name: layer.rate for layer in layers_of(network, "Dropout")}
+    expected = {"hidden_dropout": 0.5}
+    if block in ("res", "rese"):
+        expected |= {f"block{number}_dropout": 0.2 for number in range(9)}
+    assert rates == expected
+
+
+@pytest.mark.parametrize("block", model.BLOCKS)
+def test_he_initial_weights(block):
+    network = build_network(NetworkConfig(block=block, init_features=32, alpha=4, initializer="he"))
+    for layer in layers_of(network, "Conv1D", "Dense"):
+        kernel = np.asarray(layer.kernel)
+        assert_uniform(kernel, uniform_limit(kernel.shape, published=False), layer.name)
+
+
+@pytest.mark.parametrize("block", ["se", "basic"])
+def test_published_limits_are_those_of_published_weights(golden, block):
+    """The initial kernels that the published program made fill the 'published' range, no more."""
+    shares, first_convolutions = [], 0
+    with h5py.File(golden / "training" / f"{block}-initial.hdf5") as file:
+        kernels = []
+        file.visititems(
+            lambda name, found: (
+                kernels.append(found[()])
+                if name.endswith("kernel:0") and "optimizer" not in name and found.ndim == 3
+                else None
+            )
+        )
+    for kernel in kernels:
+        limit = kernel_initializer("published", kernel.shape).maxval
+        assert limit == pytest.approx(uniform_limit(kernel.shape, published=True))
+        assert np.abs(kernel).max() <= limit * (1 + 1e-6)
+        assert np.abs(kernel).max() >= limit * (1 - 20 / kernel.size)
+        shares.append(np.abs(kernel).ravel() / limit)
+        first_convolutions += kernel.shape[1] == 1
+    assert len(shares) == 10 and first_convolutions == 1
+    shares = np.concatenate(shares)
+    assert shares.max() > 0.995
+    assert shares.mean() == pytest.approx(0.5, abs=4 * 12**-0.5 / shares.size**0.5)
+
+
+@pytest.mark.parametrize("kernel", [(3, 128, 256), (1, 128, 256), (3, 1, 128)])
+def test_kernel_initializer_limits(kernel):
+    for name in ("published", "he"):
+        initializer = kernel_initializer(name, kernel)
+        assert initializer.maxval == pytest.approx(uniform_limit(kernel, name == "published"))
+        assert initializer.minval == -initializer.maxval
+
+
+@pytest.mark.parametrize("frames", [3, 4, 5, 26, 27, 28, 29])
+def test_pool_relu_is_max_pooling_and_relu(frames):
+    import keras
+
+    segments = keras.Input((frames, 4))
+    ours = keras.Model(segments, model.pool_relu(segments, name="block"))
+    pooled = keras.layers.ReLU()(keras.layers.MaxPooling1D(3)(segments))
+    x = np.random.default_rng(frames).standard_normal((5, frames, 4)).astype(np.float32)
+    result = ours.predict_on_batch(x)
+    assert result.shape == (5, frames // 3, 4)
+    np.testing.assert_array_equal(result, keras.Model(segments, pooled).predict_on_batch(x))
+
+
+@pytest.mark.parametrize("num_samples", [59050, 65536, 3 * 59049])
+@pytest.mark.parametrize("block", ["se", "res"])
+def test_longer_segments(block, num_samples):
+    network = build_network(small(block, num_samples=num_samples))
+    x = np.random.default_rng(0).standard_normal((2, num_samples)).astype(np.float32)
+    result = network.predict_on_batch(x)
+    assert result.shape == (2, 5)
+    assert np.isfinite(result).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 59048},
+        {"block": "dense"},
+        {"initializer": "glorot"},
+        {"alpha": 0.1},  # 2 features x 0.1 leave no hidden unit
+    ],
+)
+def test_impossible_networks_are_refused(options):
+    with pytest.raises(UsageError, match=str(next(iter(options.values())))):
+        small(**options)
+
+
+def test_outputs_are_probabilities_of_each_segment_alone():
+    """At inference a segment's prediction does not depend on its batch."""
+    network = build_network(small("rese"))
+    x = np.random.default_rng(0).standard_normal((4, 59049)).astype(np.float32)
+    together = network.predict_on_batch(x)
+    assert together.shape == (4, 5)
+    assert ((together > 0) & (together < 1)).all()
+    alone = np.concatenate([network.predict_on_batch(x[i : i + 1]) for i in range(4)])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_weight_decay_is_on_convolutions_only():
+    network = build_network(small("rese", weight_decay=0.01))
+    for layer in layers_of(network, "Conv1D"):
+        assert layer.kernel_regularizer.l2 == pytest.approx(0.01)
+    assert all(layer.kernel_regularizer is None for layer in layers_of(network, "Dense"))
+    penalty = sum(
+        0.01 * float(np.sum(np.asarray(layer.kernel) ** 2))
+        for layer in layers_of(network, "Conv1D")
+    )
+    assert float(sum(network.losses)) == pytest.approx(penalty, rel=1e-4)
+    assert not build_network(small("rese")).losses
+
+
+def test_excitations_are_first_block_to_last():
+    excitations = build_excitations(build_network(small("se")))
+    outputs = excitations.predict_on_batch(np.zeros((3, 59049), np.float32))
+    assert [output.shape for output in outputs] == [(3, 2)] * 2 + [(3, 4)] * 6 + [(3, 8)]
+    assert all(((output > 0) & (output < 1)).all() for output in outputs)
+
+
+@pytest.mark.parametrize("block", ["res", "basic"])
+def test_blocks_without_excitations_are_refused(block):
+    with pytest.raises(UsageError, match=f"{block} blocks has no excitations.*se or rese"):
+        build_excitations(build_network(small(block)))

@@ -1,0 +1,241 @@
+"""The README's commands, options, files and links; and, marked slow, its demo as typed."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = ("README.md", "docs/contributing.md")
+# What a block may need that a checkout with the demo lacks: the real dataset, or the network.
+NEEDS = {"magnatagatune", "download"}
+PROGRAMS = {"cat", "curl", "jupyter", "make", "mkdir", "mv", "python", "python3", "unzip", "."}
+# The slow test runs the demo's commands on fewer clips, a narrower network and one epoch a stage.
+# These are its only changes; each must occur in the README.
+SMALLER = {
+    "--out demo/dataset": "--out demo/dataset --clips 32",
+    "--init-features 16": "--init-features 4",
+    "--max-epochs 10": "--max-epochs 1",
+}
+
+
+@dataclass
+class Block:
+    """A fenced block of a page."""
+
+    language: str
+    needs: str  # '' where a checkout with the demo is enough
+    text: str
+    line: int
+
+    def commands(self) -> list[str]:
+        """The shell commands, continued lines joined."""
+        joined = self.text.replace("\\\n", " ")
+        return [line.strip() for line in joined.splitlines() if line.strip()]
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    pattern = r"(?:^<!-- needs: (\w+) -->\n)?^```(\w+)\n(.*?)^```$"
+    return [
+        Block(found[2], found[1] or "", found[3], text[: found.start()].count("\n") + 1)
+        for found in re.finditer(pattern, text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def shell_commands(page: str) -> list[list[str]]:
+    """Every command of a page's sh blocks in words, without variables set before it."""
+    commands = []
+    for block in blocks(page):
+        for command in block.commands() if block.language == "sh" else ():
+            words = shlex.split(command, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            commands.append(words)
+    return commands
+
+
+def spans(page: str) -> list[str]:
+    """Every inline code span of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def parser_of(script: str):
+    return importlib.import_module(Path(script).stem).build_parser()
+
+
+def is_script(words: list[str]) -> bool:
+    return len(words) > 1 and words[0] == "python" and words[1].endswith(".py")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_fence_is_closed_and_every_mark_is_known_and_stands_before_a_block(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = blocks(page)
+    assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(found)
+    marked = [block.needs for block in found if block.needs]
+    assert len(marked) == len(re.findall("^<!--", text, re.MULTILINE))
+    assert set(marked) <= NEEDS
+    assert {block.language for block in found} <= {"sh", "text", "python", "bibtex"}
+
+
+def test_the_readme_has_commands_of_every_stage():
+    scripts = {words[1] for words in shell_commands("README.md") if is_script(words)}
+    assert scripts == {
+        "make_demo_dataset.py", "build_mtt.py", "train.py", "eval.py", "extract_excitations.py",
+        "checkpoints.py",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_programs_and_files_that_commands_name_exist(page):
+    for words in shell_commands(page):
+        assert words[0] in PROGRAMS or (ROOT / words[0]).is_file(), words
+        for word in words[1:]:
+            # Other files are datasets, models and results.
+            if re.search(r"\.(py|ipynb)$|^requirements", word) and "*" not in word:
+                assert (ROOT / word).is_file(), words
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_of_commands_are_those_of_their_scripts(page):
+    in_prose = [shlex.split(span) for span in spans(page) if re.match(r"python \w+\.py\b", span)]
+    for words in shell_commands(page) + in_prose:
+        if is_script(words):
+            try:
+                parser_of(words[1]).parse_args(words[2:])
+            except SystemExit:
+                pytest.fail(f"{page}: {shlex.join(words)}: {words[1]} does not take these options")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_named_in_prose_belong_to_a_script(page):
+    known = set()
+    for script in ROOT.glob("*.py"):
+        if "def build_parser" in script.read_text(encoding="utf-8"):
+            known.update(parser_of(script.name)._option_string_actions)
+    ours = [span for span in spans(page) if span.startswith("--") or ".py " in span]
+    named = {option for span in ours for option in re.findall(r"(?<!\S)--[a-z-]+", span)}
+    assert named
+    assert named <= known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_scripts_and_modules_named_in_prose_exist(page):
+    for span in spans(page):
+        for name in re.findall(r"(?<!\S)[a-z_/]+\.(?:py|ipynb)(?!\S)", span):
+            assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
+
+
+def test_the_layout_lists_every_script_and_module():
+    listed = set(spans("docs/contributing.md"))
+    assert {path.name for path in ROOT.glob("*.py")} <= listed
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    in_prose = [span.split() for span in spans(page) if span.startswith("make ")]
+    for words in shell_commands(page) + in_prose:
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets, words
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page}: {link}: no such file"
+        if anchor:
+            assert anchor in anchors(target), f"{page}: {link}: no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_demo_typed_by_hand_is_that_of_make(tmp_path):
+    venv = tmp_path / "venv"
+    venv.mkdir()
+    (venv / "installed").touch()
+    printed = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", "demo", f"VENV={venv}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.replace(f"{venv}/bin/", "").replace("\\\n", " ")  # fmt: skip
+    by_make = [line.split() for line in printed.splitlines() if not line.startswith("echo")]
+    assert by_make
+    typed = [[command.split() for command in block.commands()] for block in demo_blocks()]
+    assert by_make in typed
+
+
+def demo_blocks() -> list[Block]:
+    """The README's blocks that run in a checkout with the demo, or make it, in order."""
+    return [
+        block
+        for block in blocks("README.md")
+        if block.language in ("sh", "python") and not block.needs
+    ]
+
+
+@pytest.mark.slow
+def test_the_demo_runs_as_typed(tmp_path):
+    text = "\n".join(block.text for block in demo_blocks())
+    for usual in SMALLER:
+        assert usual in text
+    checkout = tmp_path / "checkout"
+    left_out = (".git", ".venv", ".*_cache", "__pycache__", "demo", "dataset", "log", "report")
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*left_out))
+    # What an activated environment does, with the one that runs this test.
+    programs = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("KERAS_BACKEND", None)
+
+    said = ""
+    for block in demo_blocks():
+        text = block.text
+        for usual, smaller in SMALLER.items():
+            text = text.replace(usual, smaller)
+        shell = ["bash", "-eu", "-c", text] if block.language == "sh" else ["python", "-c", text]
+        shell[0] = shutil.which(shell[0], path=environment["PATH"])
+        ran = subprocess.run(
+            shell, cwd=checkout, env=environment, capture_output=True, text=True, timeout=600
+        )
+        said += ran.stdout + ran.stderr
+        assert ran.returncode == 0, f"README.md, line {block.line}:\n{text}\n{ran.stderr[-3000:]}"
+
+    # What the README says the demo leaves.
+    demo = checkout / "demo"
+    for path in re.findall(r"^\| `demo/(\S+)` \|", README.read_text(encoding="utf-8"), re.M):
+        assert (demo / path).exists(), path
+    for stage in "01":
+        assert list((demo / "log" / stage).glob("ckpt-e000-l*.keras"))
+        assert len((demo / "log" / stage / "training.csv").read_text().splitlines()) == 2
+        assert list((demo / "log" / stage).glob("events.out.tfevents.*"))
+    metrics = json.loads((demo / "report" / "metrics.json").read_text())
+    assert f"=> @ ROC AUC score: {metrics['roc_auc']:.4f}" in said
+    assert 0 < metrics["roc_auc"] < 1
+    for name in ("metrics.json", "per_tag.csv", "per_tag.png", "predictions.csv"):
+        assert (demo / "report" / name).stat().st_size
+    notebook = json.loads((demo / "excitation_analysis.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
