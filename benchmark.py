@@ -3,20 +3,29 @@
     python benchmark.py all --data-dir ./dataset
     python benchmark.py train predict --block rese --batch-size 23 --jit off
     python benchmark.py train --backend jax --batch-size 23 256 --mixed-precision --json bf16.json
+    python benchmark.py sweep --batch-size 23 64 256 1024 --json gpu.json
+    python benchmark.py growth --data-dir demo/dataset
 
 Every figure is a median over repeats with its spread, beside the same run's measure of the
 machine: the rate of matrix products, of copies in memory, and of sequential reads. ``machine``,
-``train`` and ``predict`` need neither TensorFlow nor data.
+``train``, ``predict`` and ``sweep`` need neither TensorFlow nor data.
+
+``sweep`` runs the model alone on JAX and PyTorch in float32, with tf32, and in bfloat16, each in a
+process of its own: all that is to be known of a GPU in one run. ``growth`` repeats a dataset's
+clips to 100, 500 and 2,000 and takes the time and the memory of building, training and evaluation.
 """
 
 import argparse
+import gzip
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +43,14 @@ if TYPE_CHECKING:
     import keras
 
 STAGES = ("machine", "decode", "build", "input", "train", "predict")
+EXTRA_STAGES = ("sweep", "growth")
+# What `sweep` compares: a name, and the options that make it.
+PRECISIONS = {
+    "float32": ["--no-tf32"],
+    "tf32": [],
+    "bf16": ["--mixed-precision"],
+}
+_GROWTH = (100, 500, 2000)  # clips
 BACKENDS = ("tensorflow", "jax", "torch")
 # A repeat is as many calls as take about this long, so that clocks and caches settle.
 _SECONDS_A_REPEAT = 2.0
@@ -51,6 +68,7 @@ class Figure:
     highest: float
     flops: float | None = None  # achieved FLOP/s, where arithmetic is counted
     bytes: float | None = None  # achieved bytes/s, of the least that must move
+    precision: str = "float32"  # whose matrix-product rate is the ceiling
     note: str = ""
 
 
@@ -140,7 +158,7 @@ def measure_machine(repeats: int, data_dir: Path | None, mixed_precision: bool) 
             keras.ops.cast(keras.random.normal((size, size), seed=seed), dtype) for seed in (1, 2)
         )
         rates = measure(lambda a=a, b=b: _wait(product(a, b)), 2.0 * size**3, repeats)
-        yield Figure("machine", f"matrix product, {dtype}", "FLOP/s", *rates)
+        yield Figure("machine", f"matrix product, {dtype}", "FLOP/s", *rates, precision=dtype)
 
     if _on_accelerator():
         source = keras.random.normal((2**28,), seed=1)
@@ -241,7 +259,12 @@ def measure_input(repeats: int, data_dir: Path, batch_size: int) -> Iterator[Fig
 
 
 def measure_model(
-    stages: list[str], repeats: int, config: "NetworkConfig", batch_size: int, options: "Options"
+    stages: list[str],
+    repeats: int,
+    config: "NetworkConfig",
+    batch_size: int,
+    options: "Options",
+    profile: bool = False,
 ) -> Iterator[Figure]:
     """Measure training and prediction of a network on random segments that lie on the device."""
     from model import build_network
@@ -256,6 +279,7 @@ def measure_model(
     network = build_network(config)
     trainer = compile_trainer(network, options, 0, jit)
     itemsize = 2 if options.mixed_precision else 4
+    precision = "bfloat16" if options.mixed_precision else "float32"
     flops = count_flops(network)
     random = np.random.default_rng(0)
     # Real levels, and more than one batch, so that no cache holds them all.
@@ -270,10 +294,12 @@ def measure_model(
     if "train" in stages:
         call, segments_a_call, finish = _train_call(trainer, x, y, batch_size, jit)
         rates = measure(call, segments_a_call, repeats)
+        if profile:
+            _say_where_time_goes(call)
         finish()
         yield Figure(
             "train", how, "segments/s", *rates, flops=3 * flops * rates[0],
-            bytes=count_bytes(network, True, itemsize) * rates[0],
+            bytes=count_bytes(network, True, itemsize) * rates[0], precision=precision,
             note=f"{1000 / rates[0]:.3g} ms a segment",
         )  # fmt: skip
     if "predict" in stages:
@@ -282,7 +308,7 @@ def measure_model(
         rates = measure(lambda: network.predict_on_batch(batch), batch_size, repeats)
         yield Figure(
             "predict", how, "segments/s", *rates, flops=flops * rates[0],
-            bytes=count_bytes(network, False, itemsize) * rates[0],
+            bytes=count_bytes(network, False, itemsize) * rates[0], precision=precision,
             note=f"{1000 / rates[0]:.3g} ms a segment, {rates[0] / 10:.3g} clips of 10 a second",
         )  # fmt: skip
 
@@ -318,6 +344,123 @@ def _train_call(trainer, x: np.ndarray, y: np.ndarray, batch_size: int, jit: boo
         trainer.train_on_batch(*batches[next(turn) % num_batches])
 
     return call, batch_size, lambda: None
+
+
+def _say_where_time_goes(call: Callable[[], object], num_rows: int = 15) -> None:
+    """Profile one call and say which kernels took the time."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        from torch.profiler import profile
+
+        with profile() as profiled:
+            call()
+        cli.say(profiled.key_averages().table(sort_by="self_cuda_time_total", row_limit=num_rows))
+        return
+    if keras.backend.backend() != "jax":
+        raise UsageError("--profile: needs the JAX or the PyTorch backend")
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            call()
+        (path,) = Path(folder).rglob("perfetto_trace.json.gz")
+        with gzip.open(path, "rt") as file:
+            events = json.load(file)["traceEvents"]
+    processes = {
+        event["pid"]: event["args"]["name"]
+        for event in events
+        if event.get("ph") == "M" and event.get("name") == "process_name"
+    }
+    on_device = any("GPU" in name or "TPU" in name for name in processes.values())
+    taken = Counter()
+    for event in events:
+        name = processes.get(event.get("pid"), "")
+        if event.get("ph") == "X" and (not on_device or "GPU" in name or "TPU" in name):
+            taken[event["name"]] += event.get("dur", 0)
+    total = sum(taken.values()) or 1
+    for name, microseconds in taken.most_common(num_rows):
+        cli.say(f"  {microseconds / total:6.1%}  {microseconds / 1000:9.2f} ms  {name[:80]}")
+
+
+def measure_sweep(arguments: argparse.Namespace) -> Iterator[Figure]:
+    """Measure the model on JAX and PyTorch in each precision, every one in its own process."""
+    for backend in [arguments.backend] if arguments.backend else ["jax", "torch"]:
+        for name, options in PRECISIONS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "figures.json"
+                command = [
+                    sys.executable, __file__, "machine", "train", "predict", *options,
+                    "--backend", backend, "--json", str(path),
+                    "--block", *arguments.block,
+                    "--batch-size", *map(str, arguments.batch_size),
+                    "--init-features", str(arguments.init_features),
+                    "--jit", arguments.jit, "--repeats", str(arguments.repeats),
+                    *(["--profile"] if arguments.profile else []),
+                ]  # fmt: skip
+                # Its table is for reading now; its figures go into one table and file.
+                finished = subprocess.run(command, stdout=sys.stderr)
+                if not path.exists():
+                    cli.say(f"{backend}, {name}: ended with status {finished.returncode}")
+                    continue
+                for figure in json.loads(path.read_text())["figures"]:
+                    yield Figure(**figure | {"what": f"{backend}, {name}: {figure['what']}"})
+
+
+def measure_growth(data_dir: Path) -> Iterator[Figure]:
+    """Measure time and peak memory of building, an epoch and evaluation as clips grow."""
+    scripts = Path(__file__).parent
+    for num_clips in _GROWTH:
+        with tempfile.TemporaryDirectory(dir=data_dir.parent) as folder:
+            grown, log = Path(folder) / "dataset", Path(folder) / "log"
+            _repeat_clips(data_dir, grown, num_clips)
+            commands = {
+                "build": ["build_mtt.py", "--num-audios-per-shard", "20"],
+                "an epoch": [
+                    "train.py", "--train-dir", str(log), "--init-features", "4",
+                    "--num-lr-decays", "1", "--max-epochs", "1",
+                ],
+                "evaluation": ["eval.py", str(log / "0")],
+            }  # fmt: skip
+            for what, (script, *options) in commands.items():
+                command = [sys.executable, str(scripts / script), "--data-dir", str(grown)]
+                seconds, peak = _run_measured([*command, *options])
+                yield Figure(
+                    "growth", f"{what}, {num_clips} clips", "s", seconds, seconds, seconds,
+                    note=f"peak memory of the largest process {peak / 2**20:.0f} MiB",
+                )  # fmt: skip
+
+
+def _run_measured(command: list[str]) -> tuple[float, int]:
+    """Run a command and give its seconds and the peak memory of its largest process in bytes."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise UsageError(f"{' '.join(command)}: ended with status {status}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+def _repeat_clips(data_dir: Path, grown: Path, num_clips: int) -> None:
+    """Make a dataset of so many clips out of links to another's."""
+    import pandas as pd
+
+    path = data_dir / "annotations_final.csv"
+    if not path.exists():
+        raise UsageError(f"{path}: growth repeats a dataset's clips, and needs its annotations")
+    table = pd.read_csv(path, sep="\t", dtype=str)
+    repeats = [table] * (num_clips // len(table) + 1)
+    repeated = pd.concat(repeats, ignore_index=True).iloc[:num_clips].copy()
+    sources = repeated["mp3_path"].tolist()
+    repeated["clip_id"] = [str(number) for number in range(num_clips)]
+    repeated["mp3_path"] = [
+        f"{source.removesuffix('.mp3')}-{number}.mp3" for number, source in enumerate(sources)
+    ]
+    for source, copy in zip(sources, repeated["mp3_path"], strict=True):
+        target = grown / "mp3" / copy
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(data_dir / "mp3" / source, target)
+    repeated.to_csv(grown / "annotations_final.csv", sep="\t", index=False, quoting=1)
 
 
 # --- The machine ---------------------------------------------------------------------------------
@@ -412,13 +555,14 @@ def _read_through(paths: list[Path]) -> None:
 
 def format_table(figures: list[Figure]) -> str:
     """Lay figures out for a terminal, with what they reach of the ceilings of the same run."""
-    product = max((f.median for f in figures if f.what.startswith("matrix product")), default=None)
+    products = {f.precision: f.median for f in figures if f.what.startswith("matrix product")}
     copy = next((f.median for f in figures if f.what == "copy in memory"), None)
     rows = [("stage", "what", "median", "lowest", "highest", "unit", "of ceiling", "note")]
     for figure in figures:
+        # The larger of the two shares says how far the binding floor is.
         shares = []
-        if figure.flops and product:
-            shares.append(f"{figure.flops / product:.0%} FLOP/s")
+        if figure.flops and figure.precision in products:
+            shares.append(f"{figure.flops / products[figure.precision]:.0%} FLOP/s")
         if figure.bytes and copy:
             shares.append(f"{figure.bytes / copy:.0%} B/s")
         values = (_human(figure.median), _human(figure.lowest), _human(figure.highest))
@@ -453,8 +597,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  python benchmark.py train --backend jax --batch-size 23 256 --mixed-precision",
     )
     parser.add_argument(
-        "stages", metavar="STAGE", nargs="+", choices=(*STAGES, "all"),
-        help=f"what to measure: {', '.join(STAGES)}, or all",
+        "stages", metavar="STAGE", nargs="+", choices=(*STAGES, *EXTRA_STAGES, "all"),
+        help=f"what to measure: {', '.join(STAGES)}, all of these, or {', '.join(EXTRA_STAGES)}",
     )  # fmt: skip
     add = parser.add_argument
     add(
@@ -511,6 +655,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="worker processes to build with (default: 1 2 4)",
     )
     add(
+        "--no-tf32",
+        action="store_true",
+        help="forbid tf32 for float32 on GPUs that have it (default: allowed)",
+    )
+    add(
+        "--profile",
+        action="store_true",
+        help="say which kernels a training step's time goes to (default: off)",
+    )
+    add(
         "--repeats",
         metavar="N",
         type=cli.positive_int,
@@ -531,25 +685,55 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         os.environ["KERAS_BACKEND"] = arguments.backend
     stages = list(STAGES) if "all" in arguments.stages else arguments.stages
     data_dir = Path(arguments.data_dir)
-    if not data_dir.is_dir() and set(stages) & {"decode", "build", "input"}:
+    if not data_dir.is_dir() and set(stages) & {"decode", "build", "input", "growth"}:
         raise UsageError(f"{data_dir}: no dataset for {', '.join(stages)} (--data-dir)")
+    if set(stages) & set(EXTRA_STAGES):
+        if len(stages) > 1:
+            raise UsageError(f"{' '.join(stages)}: sweep and growth are measured alone")
+        figures = measure_growth(data_dir) if stages == ["growth"] else measure_sweep(arguments)
+        return _report(figures, arguments.json)
     cli.import_quietly("keras")
-    from model import NetworkConfig
-    from train import Options
+    if arguments.no_tf32:
+        _forbid_tf32()
+    return _report(_measure_all(arguments, stages, data_dir), arguments.json)
 
+
+def _forbid_tf32() -> None:
+    import keras
+
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest")
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    else:
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+def _report(measured: Iterator[Figure], json_path: str | None) -> None:
     figures = []
-    for figure in _measure_all(arguments, stages, data_dir, NetworkConfig, Options):
+    for figure in measured:
         figures.append(figure)
         cli.say(f"{figure.stage}: {figure.what}: {_human(figure.median)} {figure.unit}")
     machine = describe_machine()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(format_table(figures))
-    if arguments.json:
+    if json_path:
         content = {"machine": machine, "figures": [asdict(figure) for figure in figures]}
-        Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n")
+        Path(json_path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _measure_all(arguments, stages, data_dir, NetworkConfig, Options) -> Iterator[Figure]:
+def _measure_all(
+    arguments: argparse.Namespace, stages: list[str], data_dir: Path
+) -> Iterator[Figure]:
+    from model import NetworkConfig
+    from train import Options
+
     repeats = arguments.repeats
     if "machine" in stages:
         yield from measure_machine(repeats, data_dir, arguments.mixed_precision)
@@ -568,7 +752,9 @@ def _measure_all(arguments, stages, data_dir, NetworkConfig, Options) -> Iterato
                     jit=arguments.jit,
                     mixed_precision=arguments.mixed_precision,
                 )
-                yield from measure_model(stages, repeats, config, batch_size, options)
+                yield from measure_model(
+                    stages, repeats, config, batch_size, options, arguments.profile
+                )
 
 
 if __name__ == "__main__":

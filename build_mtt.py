@@ -40,6 +40,7 @@ from annotations import (
 from audio import DECODERS, cut_segments, decode, import_madmom
 from errors import AudioError, BuildError
 from input_data import (
+    ENCODINGS,
     MANIFEST_NAME,
     SHARD_FOLDER,
     Clip,
@@ -74,6 +75,7 @@ class ShardTask:
     sample_rate: int
     num_samples: int
     decoder: str
+    encoding: str
 
 
 def build(
@@ -83,6 +85,7 @@ def build(
     num_audios_per_shard: int = 100,
     num_workers: int | None = None,
     decoder: str = "av",
+    encoding: str = "float32",
 ) -> dict:
     """Build the shards of a dataset, or those that are missing.
 
@@ -100,6 +103,8 @@ def build(
         Processes; None for one a core.
     decoder : {'av', 'madmom'}
         See `audio.decode`.
+    encoding : {'float32', 'int16'}
+        See `input_data.encode_clip`.
 
     Returns
     -------
@@ -131,6 +136,7 @@ def build(
         "num_samples": num_samples,
         "num_audios_per_shard": num_audios_per_shard,
         "decoder": decoder,
+        "encoding": encoding,
         "annotations_sha256": hashlib.sha256(annotations_path.read_bytes()).hexdigest(),
     }
 
@@ -186,7 +192,7 @@ def make_shard(task: ShardTask) -> dict:
             counts["clips"] += 1
             counts["segments"] += len(segments)
             clip = Clip(segments, np.frombuffer(labels, np.uint8), clip_id, mp3_path)
-            yield from encode_clip(clip, task.split)
+            yield from encode_clip(clip, task.split, task.encoding)
             _count_clip()
 
     write_records(task.path, records())
@@ -213,6 +219,7 @@ def _plan(clips, tags, folder: Path, audio_dir: Path, options: dict) -> list[Sha
                     sample_rate=options["sample_rate"],
                     num_samples=options["num_samples"],
                     decoder=options["decoder"],
+                    encoding=options["encoding"],
                 )
             )
     return tasks
@@ -422,6 +429,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="av",
         help="library to decode with; the samples are the same (default: av)",
     )
+    parser.add_argument(
+        "--encoding",
+        choices=ENCODINGS,
+        default="float32",
+        help="how shards store samples: int16 takes half the space and rounds to 2^-16 of full "
+        "scale, and the published program cannot read it (default: float32)",
+    )
     return parser
 
 
@@ -438,6 +452,7 @@ def _build(arguments: argparse.Namespace) -> None:
         num_audios_per_shard=arguments.num_audios_per_shard,
         num_workers=arguments.num_workers,
         decoder=arguments.decoder,
+        encoding=arguments.encoding,
     )
     for skipped in manifest["skipped"]:
         cli.say(f"skipped clip {skipped[CLIP_ID]}: {skipped['reason']}")

@@ -11,6 +11,7 @@ raw_labels      bytes: one uint8 a tag                      the same, in the con
 raw_segment(s)  bytes: float32 samples of the segment       feature list, one entry a segment
 clip_id         bytes, ours only                            the same, in the context
 mp3_path        bytes, ours only                            the same, in the context
+encoding        bytes, only where samples are not float32   the same, in the context
 ==============  ==========================================  ===============================
 
 ``manifest.json`` beside the shards says what they hold. Shards without one, as the published
@@ -47,6 +48,12 @@ SEGMENT_FEATURE = "raw_segment"
 SEGMENTS_FEATURE = "raw_segments"
 CLIP_ID_FEATURE = "clip_id"
 MP3_PATH_FEATURE = "mp3_path"
+ENCODING_FEATURE = "encoding"
+
+# How samples are stored. As int16 they take half the space and are rounded to the nearest of
+# 65,536 levels: at most 2^-16 away, or clipped where a resampled peak goes over full scale.
+ENCODINGS = ("float32", "int16")
+_INT16_SCALE = 32768
 
 _SHARD_NAME = re.compile(r"(train|val|test)-(\d{4,})-of-(\d{4,})(\.seq)?\.tfrecord")
 _HEADER = struct.Struct("<QI")  # length, masked CRC of the length
@@ -343,7 +350,7 @@ def write_records(path: str | Path, records: Iterable[bytes]) -> None:
         raise
 
 
-def encode_clip(clip: Clip, split: str) -> Iterator[bytes]:
+def encode_clip(clip: Clip, split: str, encoding: str = "float32") -> Iterator[bytes]:
     """Yield a clip's records: one ``Example`` a segment, or for test one ``SequenceExample``.
 
     Parameters
@@ -352,13 +359,20 @@ def encode_clip(clip: Clip, split: str) -> Iterator[bytes]:
         The clip.
     split : {'train', 'val', 'test'}
         Which form its shard has.
+    encoding : {'float32', 'int16'}
+        How samples are stored; only readers of ours know int16.
     """
     context = {
         LABELS_FEATURE: np.asarray(clip.labels, np.uint8).tobytes(),
         CLIP_ID_FEATURE: clip.clip_id.encode(),
         MP3_PATH_FEATURE: clip.mp3_path.encode(),
     }
-    segments = [np.ascontiguousarray(segment, "<f4").tobytes() for segment in clip.segments]
+    if encoding == "int16":
+        context[ENCODING_FEATURE] = encoding.encode()
+        levels = np.clip(np.rint(clip.segments * _INT16_SCALE), -_INT16_SCALE, _INT16_SCALE - 1)
+        segments = [segment.tobytes() for segment in levels.astype("<i2")]
+    else:
+        segments = [np.ascontiguousarray(segment, "<f4").tobytes() for segment in clip.segments]
     if split == "test":
         record = _messages()["SequenceExample"]()
         for name, value in context.items():
@@ -435,7 +449,7 @@ def _read_record(fd: int, path: str | Path, number: int, start: int, length: int
 def _decode_example(record: bytes, path: str | Path, number: int) -> Clip:
     features = _parse("Example", record, path, number).features.feature
     segment = _bytes_of(features, SEGMENT_FEATURE, path, number)
-    samples = _samples(segment, path, number)
+    samples = _samples(segment, features, path, number)
     return _clip(samples[np.newaxis], features, path, number)
 
 
@@ -447,9 +461,10 @@ def _decode_sequence(record: bytes, path: str | Path, number: int) -> Clip:
     values = [entry.bytes_list.value[0] for entry in entries.feature if entry.bytes_list.value]
     if len(values) != len(entries.feature) or len({len(value) for value in values}) > 1:
         raise _damaged(path, number, f"segments of different lengths in {SEGMENTS_FEATURE!r}")
-    samples = _samples(b"".join(values), path, number)
+    features = message.context.feature
+    samples = _samples(b"".join(values), features, path, number)
     segments = samples.reshape(len(values), -1)  # (num_segments, num_samples)
-    return _clip(segments, message.context.feature, path, number)
+    return _clip(segments, features, path, number)
 
 
 def _parse(kind: str, record: bytes, path: str | Path, number: int) -> Message:
@@ -468,9 +483,17 @@ def _bytes_of(features, name: str, path: str | Path, number: int) -> bytes:
     return feature.bytes_list.value[0]
 
 
-def _samples(content: bytes, path: str | Path, number: int) -> np.ndarray:
-    if not content or len(content) % 4:
-        raise _damaged(path, number, f"{len(content)} bytes of samples are not float32 values")
+def _samples(content: bytes, features, path: str | Path, number: int) -> np.ndarray:
+    encoding = "float32"
+    if ENCODING_FEATURE in features:
+        encoding = _bytes_of(features, ENCODING_FEATURE, path, number).decode(errors="replace")
+    if encoding not in ENCODINGS:
+        raise _damaged(path, number, f"samples are encoded as {encoding!r}")
+    itemsize = np.dtype(encoding).itemsize
+    if not content or len(content) % itemsize:
+        raise _damaged(path, number, f"{len(content)} bytes of samples are not {encoding} values")
+    if encoding == "int16":
+        return np.frombuffer(content, "<i2").astype(np.float32) / np.float32(_INT16_SCALE)
     return np.frombuffer(content, "<f4")
 
 

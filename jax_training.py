@@ -165,15 +165,11 @@ class JaxTrainer:
             yield tuple(np.stack(part) for part in zip(*gathered, strict=True))
 
     def _scan_batches(self, state, segments, labels):
-        return jax.lax.scan(lambda s, xy: self._step(s, *xy), state, (segments, labels))
+        return _scan(lambda s, xy: self._step(s, *xy), state, (segments, labels))
 
     def _scan_cached(self, state, cache, rows):
         segments, labels = cache
-
-        def step(s, row):
-            return self._step(s, segments[row], labels[row])
-
-        return jax.lax.scan(step, state, rows)
+        return _scan(lambda s, row: self._step(s, segments[row[0]], labels[row[0]]), state, (rows,))
 
     def _step(self, state, x, y):
         trainer = self._trainer
@@ -189,6 +185,17 @@ class JaxTrainer:
         (loss, non_trainable), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
         trainable, optimizer = trainer.optimizer.stateless_apply(optimizer, gradients, trainable)
         return (trainable, non_trainable, optimizer), loss
+
+
+def _scan(step, state, inputs: tuple):
+    """Run a step over the first axis of its inputs; a single one without a loop.
+
+    XLA's CPU device computes convolutions within a loop on one core and without its fast kernels.
+    """
+    if len(inputs[0]) > 1:
+        return jax.lax.scan(step, state, inputs)
+    state, loss = step(state, tuple(part[0] for part in inputs))
+    return state, loss[jnp.newaxis]
 
 
 def _read_all(segments: SegmentReader) -> tuple[jax.Array, jax.Array]:

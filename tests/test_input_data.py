@@ -608,3 +608,93 @@ def test_empty_split_has_no_segments(golden):
     assert reader.num_segments == 0
     assert list(reader.batches(23, shuffled_order(0, 0, 0, 0))) == []
     reader.close()
+
+
+# --- Samples as int16 -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_int16_is_read_without_being_told_and_rounds_as_stated(tmp_path, split):
+    samples = np.random.default_rng(0).uniform(-1, 1, (3, 300)).astype(np.float32)
+    samples[0, :4] = [1.5, -1.5, 1.0, -1.0]
+    clip = Clip(samples, np.array([1, 0], np.uint8), "7", "c/a.mp3")
+    for encoding in ("float32", "int16"):
+        folder = tmp_path / encoding
+        folder.mkdir()
+        write_records(folder / shard_name(split, 0, 1), encode_clip(clip, split, encoding))
+    (read,) = read_clips([tmp_path / "int16" / shard_name(split, 0, 1)])
+    assert read.segments.dtype == np.float32
+    inside = np.abs(samples) < 1
+    assert np.abs(read.segments - samples)[inside].max() <= 2**-16
+    top = np.float32(1 - 2**-15)
+    np.testing.assert_array_equal(read.segments[0, :4], [top, -1, top, -1])
+    sizes = {
+        encoding: (tmp_path / encoding / shard_name(split, 0, 1)).stat().st_size
+        for encoding in ("float32", "int16")
+    }
+    assert sizes["int16"] < 0.6 * sizes["float32"]
+
+
+def test_samples_of_an_unknown_encoding_are_refused(tmp_path):
+    clip = Clip(np.zeros((1, 300), np.float32), np.array([1, 0], np.uint8), "7", "c/a.mp3")
+    (record,) = encode_clip(clip, "train", "int16")
+    write_records(tmp_path / "train-0000-of-0001.tfrecord", [record.replace(b"int16", b"int99")])
+    with pytest.raises(ShardError, match="record 0: samples are encoded as 'int99'"):
+        list(read_clips([tmp_path / "train-0000-of-0001.tfrecord"]))
+
+
+# --- How well an epoch is mixed -------------------------------------------------------------------
+
+
+def same_clip_pairs(clips, batch_size):
+    """Count the pairs of segments of one clip that fall into one batch."""
+    batches = clips[: len(clips) // batch_size * batch_size].reshape(-1, batch_size)
+    counts = [np.unique(batch, return_counts=True)[1] for batch in batches]
+    return sum(int((count * (count - 1) // 2).sum()) for count in counts)
+
+
+def test_an_epoch_is_mixed_as_well_as_a_perfect_shuffle(tmp_path):
+    num_clips, num_segments, batch_size, num_epochs = 60, 10, 23, 40
+    folder = tmp_path / "tfrecord"
+    folder.mkdir()
+    shards = []
+    for shard in range(4):
+        # Each sample says the clip and the segment's place in the shards.
+        clips = [
+            Clip(
+                np.array([[clip, clip * num_segments + n] for n in range(num_segments)], "f4"),
+                np.array([1], np.uint8),
+                str(clip),
+            )
+            for clip in range(shard, num_clips, 4)
+        ]
+        name = shard_name("train", shard, 4)
+        write_records(folder / name, (r for clip in clips for r in encode_clip(clip, "train")))
+        shards.append({"name": name, "clips": 15, "segments": 150})
+    splits = {"train": {"clips": 60, "segments": 600, "shards": shards}}
+    write_manifest(
+        folder, {"tags": ["a"], "sample_rate": 22050, "num_samples": 2, "splits": splits}
+    )
+
+    dataset = open_dataset(tmp_path)
+    reader = SegmentReader(dataset)
+    total = num_clips * num_segments
+    pairs, correlations, first_places = [], [], []
+    for epoch in range(num_epochs):
+        order = shuffled_order(reader.num_segments, 0, 0, epoch)
+        samples = np.concatenate([x for x, _ in reader.batches(batch_size, order)])
+        pairs.append(same_clip_pairs(samples[:, 0], batch_size))
+        stored = np.argsort(np.argsort(samples[:, 1]))
+        correlations.append(np.corrcoef(np.arange(len(stored)), stored)[0, 1])
+        first_places.append(np.flatnonzero(samples[:, 1] == 0)[:1])
+    reader.close()
+
+    # What a perfect shuffle gives, with four standard errors of room.
+    num_batches = total // batch_size
+    expected = num_batches * batch_size * (batch_size - 1) / 2 * (num_segments - 1) / (total - 1)
+    room = 4 * (expected / num_epochs) ** 0.5
+    assert np.mean(pairs) == pytest.approx(expected, abs=room)
+    # In the stored order a batch of 23 would hold about a hundred such pairs.
+    assert expected < 0.05 * same_clip_pairs(np.repeat(np.arange(num_clips), 10), batch_size)
+    assert abs(np.mean(correlations)) < 4 / (total * num_epochs) ** 0.5
+    assert np.ptp(np.concatenate(first_places)) > total / 2
