@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/python make_demo_dataset.py --out $(DEMO)/dataset
 	$(BIN)/python build_mtt.py --data-dir $(DEMO)/dataset
 	$(BIN)/python train.py --data-dir $(DEMO)/dataset --train-dir $(DEMO)/log \
-	  --init-features 16 --lr 0.05 --num-lr-decays 2 --max-epochs 10
+	  --init-features 16 --lr 0.05 --num-lr-decays 2 --max-epochs 10 --patience 6
 	$(BIN)/python eval.py $(DEMO)/log/1 --data-dir $(DEMO)/dataset --report $(DEMO)/report
 	$(BIN)/python extract_excitations.py $(DEMO)/log/1 --data-dir $(DEMO)/dataset \
 	  --out $(DEMO)/excitations.pkl
@@ -49,7 +49,7 @@ lint: $(VENV)/installed
 
 # One environment for all: what the toolkit imports, then tests, lint and Jupyter.
 $(VENV)/installed: requirements.txt requirements/dev.txt
-	@$(PYTHON) -B cli.py
+	@$(PYTHON) -B minimum_python.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements/dev.txt
 	touch $@

@@ -531,7 +531,7 @@ def _wait(result) -> None:
             torch.cuda.synchronize()
     else:
         # The last element has to come to the host, so the whole has to be there.
-        np.asarray(result.numpy() if result.ndim == 0 else keras.ops.ravel(result)[-1])
+        keras.ops.convert_to_numpy(keras.ops.cast(keras.ops.ravel(result)[-1], "float32"))
 
 
 def _train_shards(data_dir: Path | None) -> list[Path]:

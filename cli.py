@@ -4,25 +4,25 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-MINIMUM_PYTHON = (3, 11)
-
-# Scripts import this module before any that an old Python cannot run.
-if sys.version_info < MINIMUM_PYTHON:
-    sys.exit(
-        "Python {}.{} or later is needed, this is {}.{}: name one with make PYTHON=python3.12, or "
-        "make a virtual environment with it".format(*MINIMUM_PYTHON, *sys.version_info[:2])
-    )
-
+import minimum_python  # noqa: F401  # first: the rest needs a later Python
 from errors import ToolkitError
 
 from tqdm import tqdm
+
+# How JAX, PyTorch and XLA say it, whose errors are of no type of their own.
+_OUT_OF_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|CUDA out of memory|can't allocate memory|ran out of memory|"
+    r"Out of memory (while trying to allocate|allocating)|[Ff]ailed to allocate"
+)
 
 
 def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -71,6 +71,11 @@ def rate(text: str) -> float:
     return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
+def percentage(text: str) -> float:
+    """Parse a number from 0 to 100."""
+    return _number(float, text, lambda value: 0 <= value <= 100, "a number from 0 to 100")
+
+
 def _number(kind: type, text: str, is_valid: Callable, wanted: str):
     try:
         value = kind(text)
@@ -92,15 +97,24 @@ def import_quietly(*modules: str) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # TensorFlow warns of tracing again for each stage's best checkpoint, which is meant.
+    for name in ("absl", "tensorflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with chatter_held():
+        for module in modules:
+            importlib.import_module(module)
+
+
+@contextmanager
+def chatter_held() -> Iterator[None]:
+    """Hold back what libraries write to standard error; give it out only after an exception."""
     # TensorFlow's C++ side writes to the descriptor itself before it reads any setting.
     with tempfile.TemporaryFile() as said:
         sys.stderr.flush()
         standard_error = os.dup(2)
         os.dup2(said.fileno(), 2)
         try:
-            for module in modules:
-                importlib.import_module(module)
+            yield
         except BaseException:
             said.seek(0)
             os.write(standard_error, said.read())
@@ -176,15 +190,36 @@ def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.N
         return 1
     except OSError as error:
         return _report(error, describe_os_error(error), 1, arguments.verbose)
-    except MemoryError as error:
-        return _report(
-            error, "out of memory: a smaller --batch-size may help", 1, arguments.verbose
-        )
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _report(error, f"out of memory{_advice(arguments)}", 1, arguments.verbose)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell Python's and the backends' errors, each of a type of its own, by name and message."""
+    if isinstance(error, MemoryError):
+        return True
+    if type(error).__name__ in ("ResourceExhaustedError", "OutOfMemoryError"):
+        return True
+    return bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def _advice(arguments: argparse.Namespace) -> str:
+    for option in ("batch_size", "num_workers"):
+        if hasattr(arguments, option):
+            value = getattr(arguments, option)
+            now = "" if value is None else f" (now {value})"
+            less = "a smaller" if option == "batch_size" else "a lower"
+            return f": {less} --{option.replace('_', '-')}{now} may help"
+    return ""
 
 
 def describe_os_error(error: OSError) -> str:
     """Say an operating system's error in one line that names the file."""
-    reason = error.strerror or str(error) or type(error).__name__
+    # Libraries raise it with a message of their own, of several lines perhaps.
+    reason = error.strerror or str(next(iter(error.args), "")) or type(error).__name__
+    reason = reason.strip().splitlines()[0]
     return f"{error.filename}: {reason}" if error.filename else reason
 
 

@@ -1,8 +1,14 @@
 """What can go wrong that a user can mend: one exception type per cause, with a one-line message.
 
 Scripts turn any of them into that line on standard error and an exit status (``cli.run``);
-everything else that is raised is a bug.
+everything else that is raised, but for what the operating system refuses, is a bug.
 """
+
+
+def name_file(error: OSError, path: object) -> None:
+    """Give the error of a write, which does not say where, the name of its file."""
+    if error.filename is None:
+        error.filename = str(path)
 
 
 class ToolkitError(Exception):
@@ -35,6 +41,10 @@ class BuildError(ToolkitError):
 
 class CheckpointError(ToolkitError):
     """A model file cannot be read as one of our networks."""
+
+
+class ExportError(ToolkitError):
+    """A model cannot be written in another program's form."""
 
 
 class TrainingError(ToolkitError):

@@ -1244,8 +1244,6 @@ def make_demo_dataset(
     OSError
         A file cannot be written.
     """
-    from tqdm import tqdm
-
     if num_workers is None:
         num_workers = os.cpu_count() or 1
     clips = plan_clips(num_clips, seed)
@@ -1255,15 +1253,11 @@ def make_demo_dataset(
         (mp3_dir / folder).mkdir(parents=True, exist_ok=True)
 
     write = functools.partial(_write_clip, mp3_dir=mp3_dir)
-    progress = functools.partial(tqdm, total=len(clips), unit="clip", file=sys.stderr)
-    if num_workers == 1:
-        for clip in progress(clips):
-            write(clip)
-    else:
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
-            for _ in progress(pool.map(write, clips, chunksize=2)):
-                pass
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
+        written = pool.map(write, clips, chunksize=2)
+        for _ in cli.progress(written, total=len(clips), unit="clip", desc="synthesising"):
+            pass
     _write_whole(out / "annotations_final.csv", annotations_csv(clips))
     return clips
 

@@ -9,6 +9,7 @@ import cli
 import errors
 from errors import AudioError, BuildError, Interrupted, ShardError, ToolkitError, UsageError
 
+import numpy as np
 import pytest
 
 
@@ -44,15 +45,76 @@ def test_stage_says_the_exit_status(capsys, result, exit_status):
         (ShardError("no"), 1, "no"),
         (Interrupted("stopped by a signal", 15), 143, "stopped by a signal"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (MemoryError(), 1, "out of memory: a smaller --batch-size may help"),
+        (MemoryError(), 1, "out of memory"),
         (OSError(28, "No space left on device", "x/y"), 1, "x/y: No space left on device"),
         (OSError("odd"), 1, "odd"),
         (OSError(), 1, "OSError"),
+        (OSError("can't write\nfile write failed"), 1, "can't write"),
     ],
 )
 def test_error_is_one_line_and_an_exit_status(capsys, error, exit_status, message):
     assert run(raising(error)) == exit_status
     assert capsys.readouterr() == ("", f"thing.py: error: {message}\n")
+
+
+class ResourceExhaustedError(Exception):
+    """As TensorFlow names its own."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((10**6, 10**6), np.dtype("f4")),
+        ResourceExhaustedError("Graph execution error:\n\nOOM when allocating tensor"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 40461680640."),
+        RuntimeError("[alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"),
+    ],
+)
+def test_no_memory_is_one_line_that_says_what_to_lower(capsys, error):
+    for option, words in {
+        "--batch-size": "out of memory: a smaller --batch-size (now 23) may help",
+        "--num-workers": "out of memory: a lower --num-workers (now 23) may help",
+    }.items():
+        parser = cli.new_parser("", "")
+        parser.add_argument(option, type=int, default=23)
+        assert cli.run(raising(error), parser.parse_args([])) == 1
+        assert capsys.readouterr() == ("", f"thing.py: error: {words}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "use"),
+    [
+        ("jax", "import jax.numpy as np; np.zeros((10**6, 10**6)).block_until_ready()"),
+        ("torch", "import torch; torch.ones(10**7, 10**7)"),
+        ("tensorflow", "import tensorflow as tf; tf.ones((10**6, 10**6))"),
+        ("numpy", "import numpy as np; np.ones((10**7, 10**7))"),
+    ],
+)
+def test_the_backends_own_errors_of_memory_are_told(module, use):
+    pytest.importorskip(module)
+    program = (
+        "import sys, cli\n"
+        "def stage(arguments):\n"
+        f"    cli.import_quietly({module!r})\n"
+        f"    {use}\n"
+        "parser = cli.new_parser('', '')\n"
+        "parser.add_argument('--batch-size', default=8)\n"
+        "sys.argv[0] = 'thing.py'\n"
+        "sys.exit(cli.run(stage, parser.parse_args([])))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100,
+        env=os.environ
+        | {"PYTHONPATH": os.path.dirname(cli.__file__), "CUDA_VISIBLE_DEVICES": "",
+           "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    *talk, last = done.stderr.splitlines()
+    assert last == "thing.py: error: out of memory: a smaller --batch-size (now 8) may help"
+    assert not any("Traceback" in line for line in talk)
 
 
 def test_every_error_of_ours_has_an_exit_status():
@@ -111,6 +173,7 @@ def test_help_ends_with_the_examples(capsys):
         (cli.non_negative_int, {"0": 0, "7": 7}, ["-1", "0.0", "inf"]),
         (cli.positive_float, {"1e-3": 0.001, "2": 2.0}, ["0", "-1", "inf", "nan", "x"]),
         (cli.non_negative_float, {"0": 0.0, "0.5": 0.5}, ["-0.1", "inf", "nan", ""]),
+        (cli.percentage, {"0": 0.0, "5": 5.0, "100": 100.0}, ["-1", "100.1", "nan", "x", "5%"]),
         (cli.rate, {"0": 0.0, "0.999": 0.999}, ["1", "-0.1", "nan", "2", "x"]),
     ],
 )
