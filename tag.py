@@ -1,0 +1,439 @@
+"""Tag any audio: probabilities of a model's tags, and how they change over time.
+
+    python tag.py se-multi-auc_0.9111-tfrmodel.hdf5 song.mp3
+    python tag.py log/4 ~/Music --json > tags.jsonl
+    python tag.py log/4 song.flac --taggram song.png --hop 22050
+
+A file's probability of a tag is the mean of its segments', as in evaluation. Files are decoded
+whole and in advance, in a few threads, while the network predicts; batches go across files.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cli
+from audio import decode
+from errors import AudioError, CheckpointError, UsageError
+from evaluation import DEFAULT_BATCH_SIZE, predict_clips
+from input_data import Clip, write_atomically
+
+import numpy as np
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from checkpoints import Checkpoint
+
+PICTURE_FORMATS = (".png", ".svg", ".pdf")
+_DECODING_THREADS = 4
+
+
+def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
+    """List the files that paths stand for.
+
+    Parameters
+    ----------
+    paths : iterable of str or Path
+        Files and folders.
+
+    Returns
+    -------
+    list of (Path, bool)
+        Files, in the order given; those in a folder sorted, subfolders included and links to
+        folders not followed. The second is whether the path itself was given.
+    """
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += [(found, False) for found in sorted(path.rglob("*")) if found.is_file()]
+        else:
+            files.append((path, True))
+    return files
+
+
+def cut_overlapping(samples: np.ndarray, num_samples: int, hop: int) -> np.ndarray:
+    """Cut samples into the whole segments that start every `hop` samples.
+
+    Parameters
+    ----------
+    samples : np.ndarray [shape=(n_samples,), dtype=float32]
+        Mono samples; fewer than a segment's are filled up with silence.
+    num_samples : int
+        Length of a segment, in samples.
+    hop : int
+        From the start of a segment to that of the next, in samples.
+
+    Returns
+    -------
+    np.ndarray [shape=(n_segments, num_samples), dtype=float32]
+        A read-only view of the samples; at least one segment.
+    """
+    if len(samples) < num_samples:
+        samples = np.pad(samples, (0, num_samples - len(samples)))
+    return np.lib.stride_tricks.sliding_window_view(samples, num_samples)[::hop]
+
+
+def tag_files(
+    checkpoint: "Checkpoint",
+    paths: Iterable[str | Path],
+    hop: int | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    refused: Callable[[Path, AudioError], None] | None = None,
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Predict the tags of every segment of audio files.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model (see `checkpoints.load`).
+    paths : iterable of str or Path
+        Audio files.
+    hop : int or None
+        Samples from a segment's start to the next one's; None for a segment's length.
+    batch_size : int
+        Segments a batch.
+    refused : callable or None
+        Told of each file that cannot be decoded, and why; None to raise that instead.
+
+    Yields
+    ------
+    path : Path
+        In the order given.
+    probabilities : np.ndarray [shape=(n_segments, n_tags), dtype=float32]
+        In the order of ``checkpoint.tags``.
+
+    Raises
+    ------
+    AudioError
+        A file cannot be decoded, and there is no `refused`.
+    CheckpointError
+        The model's outputs are no numbers.
+    """
+    from model import compiles_faster
+
+    network, config = checkpoint.network, checkpoint.config
+    network.compile(jit_compile=compiles_faster(config.block))
+    paths = [Path(path) for path in paths]
+    found = predicted = 0
+    # Of any file's segments only a sum is known before all are decoded.
+    shown = cli.progress(total=len(paths), unit="file", desc="tagging", miniters=0)
+
+    def clips() -> Iterator[Clip]:
+        nonlocal found
+        for path, decoded in _decode_ahead(paths, checkpoint.sample_rate):
+            try:
+                samples = decoded.result()
+            except AudioError as error:
+                if refused is None:
+                    raise
+                refused(path, error)
+                shown.update()
+                continue
+            segments = cut_overlapping(samples, config.num_samples, hop or config.num_samples)
+            found += len(segments)
+            yield Clip(segments, labels=np.zeros(0, np.uint8), mp3_path=str(path))
+
+    def after_batch() -> None:
+        nonlocal predicted
+        predicted = min(predicted + batch_size, found)
+        shown.set_postfix_str(f"{predicted} of {found} segments", refresh=False)
+        shown.update(0)
+
+    with shown:
+        for clip, (probabilities,) in predict_clips(network, clips(), batch_size, after_batch):
+            if not np.isfinite(probabilities).all():
+                raise CheckpointError(f"the model predicts no numbers for {clip.mp3_path}")
+            shown.update()
+            yield Path(clip.mp3_path), probabilities
+
+
+def _decode_ahead(paths: list[Path], sample_rate: int) -> Iterator[tuple[Path, Future]]:
+    """Decode files whole, a few at a time and not far ahead of their reader."""
+    num_threads = min(_DECODING_THREADS, os.cpu_count() or 1)
+    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+    waiting = deque()
+    coming = iter(paths)
+    try:
+        while True:
+            for path in islice(coming, num_threads + 1 - len(waiting)):
+                waiting.append((path, threads.submit(decode, path, sample_rate, stop=None)))
+            if not waiting:
+                return
+            yield waiting.popleft()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+# --- Output --------------------------------------------------------------------------------------
+
+
+def write_taggram(
+    path: str | Path, tags: tuple[str, ...], probabilities: np.ndarray, starts: np.ndarray
+) -> None:
+    """Write tags over time as CSV: a row a segment, its start in seconds and one column a tag.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file to write.
+    tags : tuple of str
+        Names of the columns.
+    probabilities : np.ndarray [shape=(n_segments, n_tags)]
+        Of each segment.
+    starts : np.ndarray [shape=(n_segments,)]
+        Where each segment starts, in seconds.
+    """
+    content = io.StringIO()
+    rows = csv.writer(content, lineterminator="\n")
+    rows.writerow(["time", *tags])
+    for start, row in zip(starts, probabilities, strict=True):
+        rows.writerow([f"{start:.6f}", *(f"{value:.6f}" for value in row)])
+    write_atomically(Path(path), content.getvalue().encode())
+
+
+def draw_taggram(
+    path: str | Path,
+    tags: tuple[str, ...],
+    probabilities: np.ndarray,
+    starts: np.ndarray,
+    segment_seconds: float,
+    title: str = "",
+    top: int = 10,
+) -> None:
+    """Draw tags over time as a heat map.
+
+    Parameters
+    ----------
+    path : str or Path
+        The picture to write; its suffix is one of `PICTURE_FORMATS`.
+    tags, probabilities, starts
+        As for `write_taggram`.
+    segment_seconds : float
+        Length of a segment; where segments overlap, each is drawn about its middle.
+    title : str
+        Stands above.
+    top : int
+        How many tags, those of largest mean.
+    """
+    from matplotlib.figure import Figure
+
+    order = _top(probabilities.mean(axis=0, dtype=np.float64), top)
+    step = starts[1] - starts[0] if len(starts) > 1 else segment_seconds
+    left = starts[0] + (segment_seconds - step) / 2
+    figure = Figure(figsize=(8.3, 1.5 + 0.22 * len(order)), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        probabilities[:, order].T,
+        # viridis: perceptually uniform, and told apart by colour-blind readers.
+        cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
+        extent=(left, left + step * len(starts), len(order) - 0.5, -0.5),
+    )  # fmt: skip
+    axes.set_yticks(range(len(order)), [tags[tag] for tag in order], parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylabel("tag, by mean probability")
+    axes.set_xlabel("time (s)")
+    title = title if len(title) <= 90 else f"{title[:89]}…"
+    axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
+    figure.colorbar(image, ax=axes, label="probability", pad=0.02)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:].lower())
+    write_atomically(Path(path), content.getvalue())
+
+
+def _top(means: np.ndarray, top: int) -> np.ndarray:
+    return np.argsort(-means, kind="stable")[:top]
+
+
+def _name(path: Path) -> str:
+    """A path as text that any terminal, CSV or JSON takes, were its bytes not UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def _table(path: Path, tags: tuple[str, ...], means: np.ndarray, top: int) -> str:
+    order = _top(means, top)
+    width = max(len(tags[tag]) for tag in order)
+    lines = [f"  {tags[tag]:<{width}}  {means[tag]:.4f}" for tag in order]
+    return "\n".join([_name(path), *lines])
+
+
+def _csv_row(values: Iterable) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    return line.getvalue()
+
+
+def _json_line(
+    path: Path, tags: tuple[str, ...], means: np.ndarray, num_segments: int
+) -> str:  # fmt: skip
+    values = {tag: round(float(mean), 6) for tag, mean in zip(tags, means, strict=True)}
+    line = {"path": _name(path), "segments": num_segments, "tags": values}
+    return json.dumps(line, ensure_ascii=False)
+
+
+# --- Command line --------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(
+        "Tag audio files of any format and length.",
+        "  python tag.py se-multi-auc_0.9111-tfrmodel.hdf5 song.mp3 --top 5\n"
+        "  python tag.py log/4 ~/Music --csv > tags.csv\n"
+        "  python tag.py log/4 song.flac --taggram song.png --hop 22050",
+    )
+    parser.add_argument(
+        "model_path",
+        metavar="MODEL",
+        help="a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint",
+    )
+    parser.add_argument(
+        "audio",
+        metavar="AUDIO",
+        nargs="+",
+        help="an audio file, or a folder for all audio in it and its subfolders; one shorter than "
+        "a segment is filled up with silence, and of others the rest after the last whole "
+        "segment is left out",
+    )
+    parser.add_argument(
+        "--hop",
+        metavar="SAMPLES",
+        type=cli.positive_int,
+        default=None,
+        help="from the start of a segment to the next (default: a segment's length, no overlap)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=cli.positive_int,
+        default=DEFAULT_BATCH_SIZE,
+        help=f"segments a batch (default: {DEFAULT_BATCH_SIZE})",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--top",
+        metavar="N",
+        type=cli.positive_int,
+        default=10,
+        help="tags to print and draw, those of largest probability (default: 10)",
+    )
+    form = output.add_mutually_exclusive_group()
+    form.add_argument(
+        "--csv",
+        action="store_true",
+        help="print all tags as CSV, a row a file (default: a table of the top tags)",
+    )
+    form.add_argument(
+        "--json",
+        action="store_true",
+        help="print all tags as JSON, an object a line and file (default: a table)",
+    )
+    output.add_argument(
+        "--taggram",
+        metavar="FILE.png",
+        default=None,
+        help="draw one file's top tags over time; or FILE.svg, FILE.pdf (default: no)",
+    )
+    output.add_argument(
+        "--save-taggram",
+        metavar="FILE.csv",
+        default=None,
+        help="write one file's tags over time: a row a segment, where it starts in seconds and "
+        "all tags (default: no)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(_tag, build_parser().parse_args(argv))
+
+
+def _tag(arguments: argparse.Namespace) -> None:
+    if not Path(arguments.model_path).exists():
+        raise UsageError(f"{arguments.model_path}: no such model file")
+    files = find_files(arguments.audio)
+    if not files:
+        raise UsageError(f"{', '.join(arguments.audio)}: no files in it")
+    _check_taggrams(arguments, len(files))
+
+    cli.import_quietly("keras")
+    import checkpoints
+
+    checkpoint = checkpoints.load(arguments.model_path)
+    tags, segment = checkpoint.tags, checkpoint.config.num_samples
+    hop = arguments.hop or segment
+    was_named = dict(files)
+    failed, num_skipped, num_tagged = [], 0, 0
+
+    def refused(path: Path, error: AudioError) -> None:
+        nonlocal num_skipped
+        if was_named[path]:
+            failed.append(error)
+        else:
+            num_skipped += 1
+            cli.say(f"{error}: skipped")
+
+    for path, probabilities in tag_files(
+        checkpoint, [path for path, _ in files], hop, arguments.batch_size, refused
+    ):
+        means = probabilities.mean(axis=0, dtype=np.float64)
+        if arguments.csv:
+            if not num_tagged:
+                _print(_csv_row(["path", *tags]))
+            _print(_csv_row([_name(path), *(f"{mean:.6f}" for mean in means)]))
+        elif arguments.json:
+            _print(_json_line(path, tags, means, len(probabilities)))
+        else:
+            _print(("\n" if num_tagged else "") + _table(path, tags, means, arguments.top))
+        num_tagged += 1
+        starts = np.arange(len(probabilities)) * hop / checkpoint.sample_rate
+        if arguments.save_taggram:
+            write_taggram(arguments.save_taggram, tags, probabilities, starts)
+        if arguments.taggram:
+            draw_taggram(
+                arguments.taggram, tags, probabilities, starts,
+                segment / checkpoint.sample_rate, title=_name(path.name), top=arguments.top,
+            )  # fmt: skip
+
+    if num_skipped:
+        cli.say(f"{num_skipped} of {len(files)} files are not audio and were skipped")
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        for error in failed:
+            cli.say(str(error))
+        raise AudioError(f"{len(failed)} of the files named cannot be decoded")
+    if not num_tagged:
+        raise AudioError(f"{', '.join(arguments.audio)}: no audio in it")
+
+
+def _check_taggrams(arguments: argparse.Namespace, num_files: int) -> None:
+    """Refuse before the work what would fail after it."""
+    for option, path, suffixes in (
+        ("--taggram", arguments.taggram, PICTURE_FORMATS),
+        ("--save-taggram", arguments.save_taggram, (".csv",)),
+    ):
+        if path is None:
+            continue
+        if num_files != 1:
+            raise UsageError(f"{option} is of one file, {num_files} are given")
+        if Path(path).suffix.lower() not in suffixes:
+            raise UsageError(f"{option} {path}: expected a name that ends in {', '.join(suffixes)}")
+        if not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"{option} {path}: no folder {Path(path).absolute().parent}")
+
+
+def _print(text: str) -> None:
+    # Around the progress bar, where both are on one terminal.
+    tqdm.write(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

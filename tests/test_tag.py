@@ -1,0 +1,303 @@
+"""tag.py: tags of any audio, whole, in every form of output."""
+
+import csv
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import tag
+from audio import decode
+from checkpoints import Checkpoint, load, save
+from errors import AudioError
+from model import NetworkConfig, build_network
+
+import keras
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import encode_audio, synthesise
+
+SEGMENT = 59049
+RATE = 22050
+TAGS = ("guitar", "slow", "naïve ♪", 'a,b"c', "$x$ $", "drums")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """A small model of random weights whose outputs change with what it hears."""
+    config = NetworkConfig(block="res", init_features=2, num_tags=len(TAGS))
+    network = build_network(config)
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0  # so that one batch gives the statistics
+    random = np.random.default_rng(0)
+    levels = np.linspace(0.01, 0.2, 4)[:, np.newaxis]
+    network(random.normal(0, levels, (4, SEGMENT)).astype("f"), training=True)
+    path = tmp_path_factory.mktemp("model") / "small.keras"
+    save(path, Checkpoint(network, config, TAGS, RATE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Audio of several forms and lengths in folders, with files that are no audio."""
+    root = tmp_path_factory.mktemp("music")
+    (root / "b" / "deep").mkdir(parents=True)
+    encode_audio(root / "b" / "deep" / "one.mp3", synthesise(6, tags=(1,)))
+    encode_audio(root / "a.wav", synthesise(9, 44100, 2, tags=(3,)), 44100, "pcm_s16le", None)
+    encode_audio(root / "c.flac", synthesise(4, tags=(5,)), codec="flac", bit_rate=None)
+    (root / "b" / "cover.txt").write_text("not audio\n" * 50)
+    (root / "z.empty").touch()
+    return root
+
+
+AUDIO_NAMES = ["a.wav", "b/deep/one.mp3", "c.flac"]  # in the order of a walk
+
+
+@pytest.fixture(autouse=True)
+def program(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tag.py"])
+
+
+def run(capsys, *arguments, status=0):
+    """Run tag.py; give its standard output and the lines of its standard error."""
+    assert tag.main(list(map(str, arguments))) == status
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    return printed.out, printed.err.splitlines()
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_published_models_predict_what_they_did(golden, capsys):
+    expected = np.load(golden / "expected.npz")
+    clips = [golden / "clips" / f"gm-{name}-01-take-0-29.mp3" for name in ("pop", "choir")]
+    for name in ("se-multi", "res-nomulti"):
+        model = golden / "checkpoints" / f"{name}.hdf5"
+        out, said = run(capsys, model, *clips, "--json")
+        assert said == []
+        found = json_lines(out)
+        assert [line["path"] for line in found] == list(map(str, clips))
+        assert [line["segments"] for line in found] == [10, 10]
+        means = expected[f"{name}/predictions"].reshape(2, 10, 50).mean(axis=1)
+        values = [list(line["tags"].values()) for line in found]
+        np.testing.assert_allclose(values, means, rtol=0, atol=1e-5)
+        assert tuple(found[0]["tags"]) == load(model).tags
+
+
+def test_a_folder_is_walked_in_order_and_what_is_no_audio_is_skipped(folder, model_path, capsys):
+    out, said = run(capsys, model_path, folder, "--json")
+    found = json_lines(out)
+    assert [line["path"] for line in found] == [str(folder / name) for name in AUDIO_NAMES]
+    assert [line["segments"] for line in found] == [3, 2, 1]
+    assert len(said) == 3
+    assert str(folder / "b" / "cover.txt") in said[0] and said[0].endswith(": skipped")
+    assert said[1] == f"{folder / 'z.empty'}: the file is empty: skipped"
+    assert said[2] == "2 of 5 files are not audio and were skipped"
+
+    # One by one they get the same.
+    for line in found:
+        alone, said = run(capsys, model_path, line["path"], "--json", "--batch-size", "3")
+        assert said == []
+        (alone,) = json_lines(alone)
+        assert alone["tags"].keys() == line["tags"].keys()
+        assert list(alone["tags"].values()) == pytest.approx(list(line["tags"].values()), abs=2e-6)
+    assert found[0]["tags"] != found[1]["tags"] != found[2]["tags"]
+
+
+def test_the_table_has_the_top_tags_aligned(folder, model_path, capsys):
+    out, _ = run(capsys, model_path, folder / "a.wav", folder / "c.flac", "--json")
+    expected = json_lines(out)
+    out, _ = run(capsys, model_path, folder / "a.wav", folder / "c.flac", "--top", "3")
+    tables = [table.splitlines() for table in out.split("\n\n")]
+    assert len(tables) == 2
+    for (path, *rows), line in zip(tables, expected, strict=True):
+        assert path == line["path"]
+        best = sorted(line["tags"].items(), key=lambda entry: -entry[1])[:3]
+        width = max(len(name) for name, _ in best)
+        assert len({len(row) for row in rows}) == 1
+        for row, (name, value) in zip(rows, best, strict=True):
+            assert row[:2] == "  " and row[2 : 2 + width].rstrip() == name
+            assert float(row[2 + width :]) == pytest.approx(value, abs=1e-4)
+    out, _ = run(capsys, model_path, folder / "c.flac")
+    assert len(out.splitlines()) == 1 + len(TAGS)  # ten, but there are only six
+
+
+def test_csv_has_a_row_a_file(folder, model_path, capsys):
+    out, _ = run(capsys, model_path, folder, "--csv")
+    header, *rows = csv.reader(io.StringIO(out))
+    assert header == ["path", *TAGS]
+    assert [row[0] for row in rows] == [str(folder / name) for name in AUDIO_NAMES]
+    expected = json_lines(run(capsys, model_path, folder, "--json")[0])
+    for row, line in zip(rows, expected, strict=True):
+        assert list(map(float, row[1:])) == pytest.approx(list(line["tags"].values()), abs=2e-6)
+
+
+def test_a_segment_and_a_hop_decide_what_is_heard(folder, model_path):
+    checkpoint = load(model_path)
+    samples = decode(folder / "a.wav", RATE, stop=None)
+    for hop in (SEGMENT, 20_000, 100_000):
+        ((path, found),) = tag.tag_files(checkpoint, [folder / "a.wav"], hop, batch_size=4)
+        assert path == folder / "a.wav"
+        starts = range(0, len(samples) - SEGMENT + 1, hop)
+        segments = np.stack([samples[start : start + SEGMENT] for start in starts])
+        expected = checkpoint.network.predict_on_batch(segments)
+        assert np.ptp(expected, axis=0).max() > 1e-4
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_whole_track_is_heard(tmp_path, model_path, capsys):
+    path = encode_audio(tmp_path / "long.mp3", synthesise(61))
+    (line,) = json_lines(run(capsys, model_path, path, "--json")[0])
+    assert line["segments"] == 61 * RATE // SEGMENT == 22
+
+
+def test_a_short_file_is_filled_up_with_silence(tmp_path, model_path, capsys):
+    path = encode_audio(
+        tmp_path / "short.wav", synthesise(1, RATE), RATE, codec="pcm_s16le", bit_rate=None
+    )
+    (line,) = json_lines(run(capsys, model_path, path, "--json", "--hop", "100")[0])
+    assert line["segments"] == 1
+    segment = np.zeros((1, SEGMENT), "f")
+    samples = decode(path, RATE)
+    segment[0, : len(samples)] = samples
+    assert 0 < len(samples) < SEGMENT
+    expected = load(model_path).network.predict_on_batch(segment)[0]
+    assert list(line["tags"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_taggrams(folder, model_path, tmp_path, capsys):
+    picture, table = tmp_path / "a.png", tmp_path / "a.csv"
+    out, said = run(
+        capsys, model_path, folder / "a.wav", "--json",
+        "--hop", "11025", "--taggram", picture, "--save-taggram", table, "--top", "4",
+    )  # fmt: skip
+    assert said == []
+    (line,) = json_lines(out)
+    height, width, _ = matplotlib.image.imread(picture).shape
+    assert width == 830 and 150 < height < 400
+    with open(table, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["time", *TAGS]
+    values = np.array(rows, float)
+    assert len(values) == line["segments"] == (9 * RATE - SEGMENT) // 11025 + 1
+    np.testing.assert_allclose(values[:, 0], 0.5 * np.arange(len(values)), atol=1e-5)
+    means = values[:, 1:].mean(axis=0)
+    np.testing.assert_allclose(means, list(line["tags"].values()), rtol=0, atol=2e-6)
+
+    # More tags make a higher picture; one segment is a picture too.
+    taller = tmp_path / "b.PNG"
+    run(capsys, model_path, folder / "c.flac", "--taggram", taller, "--top", "6")
+    assert matplotlib.image.imread(taller, format="png").shape[0] > height
+    run(capsys, model_path, folder / "c.flac", "--taggram", tmp_path / "c.svg")
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_taggram_shows_the_tags_of_largest_mean(tmp_path):
+    random = np.random.default_rng(0)
+    probabilities = random.uniform(0, 0.3, (7, len(TAGS)))
+    probabilities[:, 3] = 1
+    starts = np.arange(7.0)
+    pictures = []
+    for name, top in (("one.png", 1), ("all.png", 99)):
+        tag.draw_taggram(tmp_path / name, TAGS, probabilities, starts, 1, "x" * 500, top)
+        pictures.append(matplotlib.image.imread(tmp_path / name)[..., :3])
+    yellow = np.array([253, 231, 37]) / 255  # of 1 in viridis
+    shares = [
+        (np.abs(picture[:, 150:650] - yellow).max(axis=-1) < 0.02).mean() for picture in pictures
+    ]
+    assert shares[0] > 0.12 and 0.03 < shares[1] < shares[0]
+
+
+def test_a_named_file_that_cannot_be_decoded_is_an_error_after_the_rest(
+    folder, model_path, tmp_path, capsys
+):
+    text = shutil.copy(folder / "b" / "cover.txt", tmp_path / "cover.txt")
+    out, said = run(capsys, model_path, text, folder / "c.flac", "--json", status=1)
+    assert [line["path"] for line in json_lines(out)] == [str(folder / "c.flac")]
+    assert len(said) == 1 and said[0].startswith(f"tag.py: error: {text}: ")
+
+    missing = tmp_path / "none.mp3"
+    out, said = run(capsys, model_path, text, missing, folder / "c.flac", "--csv", status=1)
+    assert len(out.splitlines()) == 2
+    assert said[0].startswith(f"{text}: ") and said[1] == f"{missing}: no such file"
+    assert said[2:] == ["tag.py: error: 2 of the files named cannot be decoded"]
+
+    out, said = run(capsys, model_path, missing, status=1)
+    assert (out, said) == ("", [f"tag.py: error: {missing}: no such file"])
+
+
+def test_python_callers_get_the_error(model_path, tmp_path):
+    with pytest.raises(AudioError, match="no such file"):
+        list(tag.tag_files(load(model_path), [tmp_path / "none.mp3"]))
+
+
+def test_folders_without_audio(model_path, tmp_path, capsys):
+    out, said = run(capsys, model_path, tmp_path, status=2)
+    assert (out, said) == ("", [f"tag.py: error: {tmp_path}: no files in it"])
+    (tmp_path / "a.txt").write_text("words\n")
+    out, said = run(capsys, model_path, tmp_path, status=1)
+    assert out == "" and said[-1] == f"tag.py: error: {tmp_path}: no audio in it"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--taggram", "x.png"], "--taggram is of one file, 5 are given"),
+        (["--save-taggram", "x.csv"], "--save-taggram is of one file, 5 are given"),
+    ],
+)
+def test_a_taggram_is_of_one_file(folder, model_path, capsys, options, message):
+    assert run(capsys, model_path, folder, *options, status=2) == (
+        "",
+        [f"tag.py: error: {message}"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--taggram", "x.jpeg"],
+            "--taggram x.jpeg: expected a name that ends in .png",
+        ),
+        (["--save-taggram", "x.png"], "--save-taggram x.png: expected a name that ends in .csv"),
+        (["--taggram", "/none/x.png"], "--taggram /none/x.png: no folder /none"),
+    ],
+)
+def test_taggrams_that_cannot_be_written(folder, model_path, capsys, options, message):
+    out, (said,) = run(capsys, model_path, folder / "c.flac", *options, status=2)
+    assert out == "" and said.startswith(f"tag.py: error: {message}")
+
+
+def test_models_that_cannot_be(folder, tmp_path, capsys):
+    out, said = run(capsys, tmp_path / "none.keras", folder, status=2)
+    assert (out, said) == ("", [f"tag.py: error: {tmp_path / 'none.keras'}: no such model file"])
+    (tmp_path / "text.keras").write_text("epoch,loss\n")
+    out, said = run(capsys, tmp_path / "text.keras", folder, status=1)
+    assert out == "" and "not a model file" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["m.keras"], ["m", "a", "--hop", "0"], ["m", "a", "--csv", "--json"]]
+)
+def test_usage(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        tag.main(options)
+    assert caught.value.code == 2
+    assert "usage: " in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf_8(folder, model_path, tmp_path, capsys):
+    name = b"caf\xe9.flac".decode(errors="surrogateescape")
+    try:
+        path = Path(shutil.copy(folder / "c.flac", tmp_path / name))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for form in ("--json", "--csv", "--top=2"):
+        assert "caf�.flac" in run(capsys, model_path, path, form)[0]
