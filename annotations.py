@@ -209,10 +209,16 @@ def _check_unique(table: pd.DataFrame, path: str | Path) -> None:
             )
 
 
+def is_inside(path: str) -> bool:
+    """Tell whether a path of a table names a file inside the folder of the audio."""
+    parts = PurePosixPath(path).parts
+    leaves_folder = not parts or path.startswith("/") or ".." in parts or "\\" in path
+    return not leaves_folder and not re.search(r"[\x00-\x1f]", path)
+
+
 def _split_of(mp3_path: str, row: int, path: str | Path) -> str:
     parts = PurePosixPath(mp3_path).parts
-    leaves_folder = not parts or mp3_path.startswith("/") or ".." in parts or "\\" in mp3_path
-    if leaves_folder or re.search(r"[\x00-\x1f]", mp3_path):
+    if not is_inside(mp3_path):
         raise AnnotationsError(
             f"{path}: row {row + 2}, column {MP3_PATH!r}: {mp3_path!r} is not a path inside mp3/"
         )

@@ -4,6 +4,7 @@ A decoder turns a file into mono float32 samples at a given rate. ``av`` (PyAV) 
 process; ``madmom`` is the published program's, kept as the reference.
 """
 
+import warnings
 from itertools import groupby
 from pathlib import Path
 
@@ -173,7 +174,9 @@ def import_madmom():
     for (module, name), value in missing.items():
         setattr(module, name, value)
     try:
-        from madmom.audio import signal
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what madmom is made of, which no user can mend
+            from madmom.audio import signal
     except ImportError as error:
         raise UsageError(
             f"--decoder madmom: madmom cannot be imported ({error}): install it as "

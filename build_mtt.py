@@ -1,13 +1,18 @@
-"""Build TFRecord shards from MagnaTagATune's annotations and MP3s.
+"""Build TFRecord shards from MagnaTagATune's annotations and MP3s, or from tables of your own.
 
     python build_mtt.py --data-dir ./dataset
     python build_mtt.py --data-dir ./dataset --num-workers 8 --num-audios-per-shard 50
+    python build_mtt.py --data-dir ./mine --annotations songs.csv --audio-dir ./songs \\
+      --split-by artist
 
-Reads ``annotations_final.csv`` and ``mp3/`` in the dataset's folder, writes ``tfrecord/`` beside
-them. Run again after an interruption, it goes on with the shards that are missing.
+Reads ``annotations_final.csv`` and ``mp3/`` in the dataset's folder, or what the options name, and
+writes ``tfrecord/`` there. Run again after an interruption, it goes on with the shards that are
+missing.
 """
 
 import argparse
+import csv
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,12 +24,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import cli
@@ -32,13 +39,15 @@ from annotations import (
     ANNOTATIONS_NAME,
     CLIP_ID,
     MP3_PATH,
+    NUM_TAGS,
     SPLITS,
     assign_shards,
+    is_inside,
     missing_dataset_message,
     read_mtt,
 )
 from audio import DECODERS, cut_segments, decode, import_madmom
-from errors import AudioError, BuildError
+from errors import AnnotationsError, AudioError, BuildError
 from input_data import (
     ENCODINGS,
     MANIFEST_NAME,
@@ -52,16 +61,35 @@ from input_data import (
     write_manifest,
     write_records,
 )
+from tables import (
+    FOLDER,
+    PATH_COLUMNS,
+    SPLIT_COLUMN,
+    SPLIT_NAMES,
+    TAGS_COLUMN,
+    TableForm,
+    read_tables,
+)
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import pandas as pd
     from tqdm import tqdm
 
 AUDIO_FOLDER = "mp3"
+# What a build that does not say them was made with: it was made before they could be chosen.
+_EARLIER_OPTIONS = {
+    "encoding": "float32",
+    "audio_dir": AUDIO_FOLDER,
+    "audio_suffix": None,
+    "num_tags": NUM_TAGS,
+    **asdict(TableForm()),
+}
 # One small file a finished shard, gathered into the manifest at the end.
 _PROGRESS_FOLDER = ".progress"
 _LOCK_NAME = ".lock"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -86,13 +114,19 @@ def build(
     num_workers: int | None = None,
     decoder: str = "av",
     encoding: str = "float32",
+    annotations: Sequence[str | Path] = (),
+    audio_dir: str | Path | None = None,
+    audio_suffix: str | None = None,
+    num_tags: int = NUM_TAGS,
+    form: TableForm | None = None,
 ) -> dict:
     """Build the shards of a dataset, or those that are missing.
 
     Parameters
     ----------
     data_dir : str or Path
-        Holds ``annotations_final.csv`` and ``mp3/``; ``tfrecord/`` is made in it.
+        Where ``tfrecord/`` is made; holds ``annotations_final.csv`` and ``mp3/`` unless the next
+        parameters say otherwise.
     sample_rate : int
         Rate to resample to, in Hz.
     num_samples : int
@@ -105,6 +139,16 @@ def build(
         See `audio.decode`.
     encoding : {'float32', 'int16'}
         See `input_data.encode_clip`.
+    annotations : sequence of str or Path
+        Tables of one's own (see `tables.read_tables`); none for ``annotations_final.csv``.
+    audio_dir : str or Path or None
+        Folder that the tables' paths start from; None for ``mp3/``.
+    audio_suffix : str or None
+        Ending of the audio files, such as ``.low.mp3``, in place of the one in the tables.
+    num_tags : int
+        How many of the most frequent tags to keep; fewer where there are fewer.
+    form : TableForm or None
+        How the tables are written; None leaves it to what they show.
 
     Returns
     -------
@@ -113,23 +157,38 @@ def build(
 
     Raises
     ------
-    AnnotationsError, BuildError
-        The dataset is not there, the options changed since the last run, another build is at
-        work, or a worker died.
+    AnnotationsError, BuildError, UsageError
+        The dataset is not there, the tables and options do not fit, the options changed since
+        the last run, another build is at work, or a worker died.
     """
     data_dir = Path(data_dir)
-    annotations_path = data_dir / ANNOTATIONS_NAME
-    audio_dir = data_dir / AUDIO_FOLDER
-    if not annotations_path.exists() or not audio_dir.is_dir():
+    form = form or TableForm()
+    is_mtt = not annotations and form == TableForm()
+    tables = [Path(path) for path in annotations] or [data_dir / ANNOTATIONS_NAME]
+    audio_folder = data_dir / AUDIO_FOLDER if audio_dir is None else Path(audio_dir)
+    if not annotations and not tables[0].exists():
         raise BuildError(missing_dataset_message(data_dir))
+    if not audio_folder.is_dir():
+        if not annotations and audio_dir is None:
+            raise BuildError(missing_dataset_message(data_dir))
+        raise BuildError(f"{audio_folder}: no such folder: name that of the audio by --audio-dir")
     if decoder == "madmom":
         import_madmom()  # say at once, not in a worker, that it is missing
-    clips, tags = read_mtt(annotations_path)
-    if not any((audio_dir / mp3_path).exists() for mp3_path in clips[MP3_PATH]):
+    if is_mtt:
+        clips, tags = read_mtt(tables[0], num_tags)
+    else:
+        clips, tags, found = read_tables(tables, num_tags, form)
+        for sentence in found:
+            cli.say(sentence)
+    named = list(clips[MP3_PATH])
+    if audio_suffix is not None:
+        clips[MP3_PATH] = _with_suffix(clips[MP3_PATH], audio_suffix)
+    if not any((audio_folder / mp3_path).exists() for mp3_path in clips[MP3_PATH]):
         raise BuildError(
-            f"{audio_dir}: none of the {len(clips)} clips is here: unpack them so that "
-            f"{audio_dir / clips[MP3_PATH].iloc[0]} is one of them"
+            f"{audio_folder}: none of the {len(clips)} clips is here: unpack them so that "
+            f"{audio_folder / clips[MP3_PATH].iloc[0]} is one of them"
         )
+    _check_links(clips[MP3_PATH], named, audio_folder, tables)
     clips = assign_shards(clips, num_audios_per_shard)
     options = {
         "sample_rate": sample_rate,
@@ -137,24 +196,84 @@ def build(
         "num_audios_per_shard": num_audios_per_shard,
         "decoder": decoder,
         "encoding": encoding,
-        "annotations_sha256": hashlib.sha256(annotations_path.read_bytes()).hexdigest(),
+        "annotations_sha256": _hash_tables(tables),
+        # A folder's own link may be put elsewhere: mp3/ stays mp3/.
+        "audio_dir": AUDIO_FOLDER
+        if audio_dir is None
+        else os.path.relpath(audio_folder.resolve(), data_dir.resolve()),
+        "audio_suffix": audio_suffix,
+        "num_tags": num_tags,
+        **asdict(form),
     }
 
     folder = data_dir / SHARD_FOLDER
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=bool(annotations))
     with _only_build(folder):
-        _check_options(folder, options)
+        _check_options(folder, options, tables)
         remove_leftovers(folder)
         progress_dir = folder / _PROGRESS_FOLDER
         progress_dir.mkdir(exist_ok=True)
         write_atomically(progress_dir / "options.json", json.dumps(options).encode())
-        tasks = _plan(clips, tags, folder, audio_dir, options)
+        tasks = _plan(clips, tags, folder, audio_folder, options)
         done = _finished_shards(folder, progress_dir, tasks)
-        _make_shards(tasks, done, progress_dir, num_workers)
+        try:
+            _make_shards(tasks, done, progress_dir, num_workers)
+        finally:
+            remove_leftovers(folder)  # of workers that were ended
         manifest = _gather(tasks, done, tags, options)
         write_manifest(folder, manifest)
         shutil.rmtree(progress_dir)
     return manifest
+
+
+def _hash_tables(paths: list[Path]) -> str:
+    """Hash one table's bytes, or the names and hashes of several: a name may say the split."""
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    if len(paths) == 1:
+        return hashes[0]
+    lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, hashes, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _check_links(
+    paths: Iterable[str], named: Iterable[str], audio_dir: Path, tables: list[Path]
+) -> None:
+    """Refuse a clip that a link takes out of the audio's folder, which may be a link itself."""
+    inside = os.path.realpath(audio_dir)
+    resolve_folder = cache(os.path.realpath)
+    for path, name in zip(paths, named, strict=True):
+        place = audio_dir / path
+        target = Path(resolve_folder(place.parent), place.name)
+        if target.is_symlink():
+            target = Path(os.path.realpath(target))
+        if not target.is_relative_to(inside):
+            raise AnnotationsError(
+                f"{_place_in(tables, name)}: a link takes {path} out of {audio_dir}, to {target}: "
+                "put the file itself there"
+            )
+
+
+def _place_in(tables: list[Path], value: str) -> str:
+    """Name the table, row and column that a value stands in."""
+    for table in tables:
+        for delimiter in "\t,;":
+            with open(table, encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.reader(file, delimiter=delimiter))
+            for number, row in enumerate(rows, start=1):
+                if value in row:
+                    return f"{table}: row {number}, column {rows[0][row.index(value)]!r}"
+    return str(tables[0])
+
+
+def _with_suffix(paths: "pd.Series", suffix: str) -> list[str]:
+    changed = [str(PurePosixPath(path).with_suffix("")) + suffix for path in paths]
+    for path, other in zip(paths, changed, strict=True):
+        if not is_inside(other):
+            raise BuildError(f"--audio-suffix {suffix!r}: {path} becomes {other!r}, no audio file")
+    if len(set(changed)) < len(changed):
+        first = next(path for path in changed if changed.count(path) > 1)
+        raise BuildError(f"--audio-suffix {suffix!r}: two clips become {first}")
+    return changed
 
 
 def make_shard(task: ShardTask) -> dict:
@@ -177,13 +296,7 @@ def make_shard(task: ShardTask) -> dict:
     def records():
         for clip_id, mp3_path, labels in task.clips:
             try:
-                samples = decode(task.audio_dir / mp3_path, task.sample_rate, decoder=task.decoder)
-                segments = cut_segments(samples, task.num_samples)
-                if not len(segments):
-                    raise AudioError(
-                        f"{mp3_path}: {len(samples)} samples are less than one segment "
-                        f"of {task.num_samples}"
-                    )
+                segments = _decode_clip(task, mp3_path)
             except AudioError as error:
                 reason = str(error).removeprefix(f"{task.audio_dir}{os.sep}")
                 skipped.append({CLIP_ID: clip_id, MP3_PATH: mp3_path, "reason": reason})
@@ -196,7 +309,18 @@ def make_shard(task: ShardTask) -> dict:
             _count_clip()
 
     write_records(task.path, records())
-    return {"name": task.path.name, **counts, "skipped": skipped}
+    num_bytes = task.path.stat().st_size
+    return {"name": task.path.name, **counts, "bytes": num_bytes, "skipped": skipped}
+
+
+def _decode_clip(task: ShardTask, mp3_path: str) -> np.ndarray:
+    samples = decode(task.audio_dir / mp3_path, task.sample_rate, decoder=task.decoder)
+    segments = cut_segments(samples, task.num_samples)
+    if not len(segments):
+        raise AudioError(
+            f"{mp3_path}: {len(samples)} samples are less than one segment of {task.num_samples}"
+        )
+    return segments
 
 
 def _plan(clips, tags, folder: Path, audio_dir: Path, options: dict) -> list[ShardTask]:
@@ -257,10 +381,15 @@ def _make_shards(
                 "perhaps for lack of memory; run the same command again to go on, with fewer "
                 "--num-workers if it dies again"
             ) from None
-        except BaseException:
+        except BaseException as error:
             for process in (executor._processes or {}).values():
                 process.terminate()
             executor.shutdown(cancel_futures=True)
+            if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                raise BuildError(
+                    f"{cli.describe_os_error(error)} ({len(done)} of {len(tasks)} shards are "
+                    "complete): make space and run the same command again to go on"
+                ) from None
             raise
 
 
@@ -299,7 +428,8 @@ def _count_clip() -> None:
 
 
 def _show(bar: "tqdm", num_done: int, clips_counted) -> None:
-    bar.update(num_done + clips_counted.value - bar.n)
+    # Read without its lock: a worker that was killed may hold it for ever.
+    bar.update(num_done + clips_counted.get_obj().value - bar.n)
 
 
 def _gather(tasks: list[ShardTask], done: dict[str, dict], tags, options: dict) -> dict:
@@ -344,7 +474,7 @@ def _only_build(folder: Path):
         yield
 
 
-def _check_options(folder: Path, options: dict) -> None:
+def _check_options(folder: Path, options: dict, tables: list[Path]) -> None:
     """Refuse to mix shards of other options with ours."""
     path = folder / _PROGRESS_FOLDER / "options.json"
     if path.exists():
@@ -353,10 +483,11 @@ def _check_options(folder: Path, options: dict) -> None:
         earlier = read_manifest(folder / MANIFEST_NAME).get("options", {})
     else:
         return
+    earlier = _EARLIER_OPTIONS | earlier
     for name, value in options.items():
         if earlier.get(name) != value:
             what = (
-                f"{ANNOTATIONS_NAME} has changed since"
+                f"{tables[0].name if len(tables) == 1 else 'a table'} has changed since"
                 if name == "annotations_sha256"
                 else f"--{name.replace('_', '-')} was {earlier.get(name)}, now {value}"
             )
@@ -380,20 +511,52 @@ def _finished_shards(folder: Path, progress_dir: Path, tasks: list[ShardTask]) -
     for path in progress_dir.glob("*.tfrecord.json"):
         entry = json.loads(path.read_text())
         noted[entry["name"]] = entry
-    return {name: entry for name, entry in noted.items() if (folder / name).exists()}
+    done = {}
+    for task in tasks:
+        entry = noted.get(task.path.name)
+        if entry is None or not task.path.exists():
+            continue
+        is_whole = entry.get("bytes") in (None, task.path.stat().st_size)
+        if is_whole and not _can_do_better(task, entry):
+            done[task.path.name] = entry
+    return done
+
+
+def _can_do_better(task: ShardTask, entry: dict) -> bool:
+    """Tell whether a clip that the shard had to skip has been mended or put in its place since."""
+    mended = []
+    for row in entry["skipped"]:
+        try:
+            _decode_clip(task, row[MP3_PATH])
+        except AudioError:
+            continue
+        mended.append(row[MP3_PATH])
+    skipped = {row[MP3_PATH] for row in entry["skipped"]}
+    # Audio that was taken away after the build must not cost the shard what it holds.
+    if not mended or not all(
+        (task.audio_dir / mp3_path).is_file()
+        for _, mp3_path, _ in task.clips
+        if mp3_path not in skipped
+    ):
+        return False
+    cli.say(f"{task.path.name}: made again, for {', '.join(mended)} can be decoded now")
+    return True
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
-        "Build TFRecord shards from MagnaTagATune's annotations and MP3s.",
+        "Build TFRecord shards from MagnaTagATune's annotations and MP3s, or from your own.",
         "  python build_mtt.py --data-dir ./dataset\n"
-        "  python build_mtt.py --data-dir ./dataset --num-workers 8 --num-audios-per-shard 50",
+        "  python build_mtt.py --data-dir ./dataset --num-workers 8 --num-audios-per-shard 50\n"
+        "  python build_mtt.py --data-dir ./mine --annotations songs.csv --audio-dir ./songs "
+        "--split-by artist",
     )
     parser.add_argument(
         "--data-dir",
         metavar="PATH",
         default="./dataset",
-        help=f"folder of {ANNOTATIONS_NAME} and {AUDIO_FOLDER}/ (default: ./dataset)",
+        help=f"folder that {SHARD_FOLDER}/ is made in; holds {ANNOTATIONS_NAME} and "
+        f"{AUDIO_FOLDER}/ unless other options name them (default: ./dataset)",
     )
     parser.add_argument(
         "--sample-rate",
@@ -436,6 +599,87 @@ def build_parser() -> argparse.ArgumentParser:
         help="how shards store samples: int16 takes half the space and rounds to 2^-16 of full "
         "scale, and the published program cannot read it (default: float32)",
     )
+    parser.add_argument(
+        "--num-tags",
+        metavar="N",
+        type=cli.positive_int,
+        default=NUM_TAGS,
+        help="most frequent tags to keep, fewer where there are fewer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-skipped",
+        metavar="PERCENT",
+        type=cli.percentage,
+        default=5.0,
+        help="clips that may be skipped; beyond that the shards are complete, but the exit status "
+        "is 1 (default: 5)",
+    )
+    own = parser.add_argument_group("your own data")
+    own.add_argument(
+        "--annotations",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="CSV or TSV tables of the same columns, a row a clip; the names of several may say "
+        f"the split, as in x-train.tsv x-validation.tsv x-test.tsv (default: {ANNOTATIONS_NAME} "
+        "in --data-dir)",
+    )
+    own.add_argument(
+        "--audio-dir",
+        metavar="PATH",
+        default=None,
+        help=f"folder that the tables' paths start from (default: {AUDIO_FOLDER}/ in --data-dir)",
+    )
+    own.add_argument(
+        "--audio-suffix",
+        metavar="SUFFIX",
+        default=None,
+        help="ending of the audio files, such as .low.mp3, in place of that in the tables "
+        "(default: as in the tables)",
+    )
+    own.add_argument(
+        "--path-column",
+        metavar="NAME",
+        default=None,
+        help=f"column of the audio files (default: the one of {', '.join(PATH_COLUMNS)} that is "
+        "there, in any case)",
+    )
+    own.add_argument(
+        "--tags-column",
+        metavar="NAME",
+        default=None,
+        help=f"column that lists a clip's tags (default: one named {TAGS_COLUMN}, or else each "
+        "column of 0 and 1 is a tag)",
+    )
+    own.add_argument(
+        "--tags-delimiter",
+        metavar="TEXT",
+        default=None,
+        help="what stands between the tags of a list (default: a comma; or each stands in a "
+        "column, to the end of the row)",
+    )
+    own.add_argument(
+        "--split-column",
+        metavar="NAME",
+        default=None,
+        help=f"column that says the split: {', '.join(SPLIT_NAMES)} (default: the names of the "
+        f"tables, or a column named {SPLIT_COLUMN})",
+    )
+    own.add_argument(
+        "--split-by",
+        metavar="NAME",
+        default=None,
+        help=f"column, or {FOLDER} for the first folder of the path, whose groups of clips are "
+        "dealt to train, val and test at random, 75, 8 and 17 %% of the clips, and stay together "
+        "(default: no)",
+    )
+    own.add_argument(
+        "--split-seed",
+        metavar="N",
+        type=cli.non_negative_int,
+        default=0,
+        help="seed of --split-by (default: 0)",
+    )
     return parser
 
 
@@ -443,7 +687,7 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(_build, build_parser().parse_args(argv))
 
 
-def _build(arguments: argparse.Namespace) -> None:
+def _build(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     manifest = build(
         arguments.data_dir,
@@ -453,6 +697,18 @@ def _build(arguments: argparse.Namespace) -> None:
         num_workers=arguments.num_workers,
         decoder=arguments.decoder,
         encoding=arguments.encoding,
+        annotations=arguments.annotations,
+        audio_dir=arguments.audio_dir,
+        audio_suffix=arguments.audio_suffix,
+        num_tags=arguments.num_tags,
+        form=TableForm(
+            path_column=arguments.path_column,
+            tags_column=arguments.tags_column,
+            tags_delimiter=arguments.tags_delimiter,
+            split_column=arguments.split_column,
+            split_by=arguments.split_by,
+            split_seed=arguments.split_seed,
+        ),
     )
     for skipped in manifest["skipped"]:
         cli.say(f"skipped clip {skipped[CLIP_ID]}: {skipped['reason']}")
@@ -465,6 +721,17 @@ def _build(arguments: argparse.Namespace) -> None:
         f"{Path(arguments.data_dir) / SHARD_FOLDER}: complete in "
         f"{time.monotonic() - started:.0f} s, {len(manifest['skipped'])} clips skipped"
     )
+    num_skipped = len(manifest["skipped"])
+    num_clips = num_skipped + sum(found["clips"] for found in manifest["splits"].values())
+    if 100 * num_skipped > arguments.max_skipped * num_clips:
+        cli.say(
+            f"{Path(sys.argv[0]).name}: error: {num_skipped} of {num_clips} clips "
+            f"({100 * num_skipped / num_clips:.1f} %) were skipped, more than --max-skipped "
+            f"{arguments.max_skipped:g}: the shards are complete without them; put the files in "
+            "their place and run the same command again, or allow more"
+        )
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Model files: naming, finding, writing, and loading them as data.
 
     python checkpoints.py se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras
+    python checkpoints.py log/4 se-multi.onnx
 
 Three kinds are read: our ``.keras``, the published program's Keras 2 ``.hdf5`` (whole model or
 weights only), and Keras 3's ``.h5``. Of each only names and arrays are used: our own network is
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING
 
 import cli
 from annotations import MTT_TOP_TAGS
-from errors import CheckpointError, UsageError
+from errors import CheckpointError, UsageError, name_file
+from exports import FORMS, export
 
 import numpy as np
 
@@ -129,6 +131,9 @@ def save(path: str | Path, checkpoint: Checkpoint, trainer: "keras.Model | None"
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        name_file(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -482,6 +487,8 @@ def _check_dataset(dataset, name: str, path: str | Path) -> int:
         raise CheckpointError(
             f"{path}: {name} declares {size} bytes and stores {dataset.id.get_storage_size()}"
         )
+    if dataset.chunks is not None:  # a filter of chunks would be looked for on this machine
+        raise CheckpointError(f"{path}: {name} is stored in chunks: expected it stored plain")
     return size
 
 
@@ -508,11 +515,21 @@ def _assign(variable, dataset, name: str, path: str | Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
-        "Convert a model file, such as a published .hdf5, to our .keras.",
-        "  python checkpoints.py se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras",
+        "Convert a model file: to our .keras, or to a form that other programs run.",
+        "  python checkpoints.py se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras\n"
+        "  python checkpoints.py log/4 se-multi.onnx",
     )
-    parser.add_argument("model", metavar="MODEL", help="a .hdf5, .h5 or .keras file")
-    parser.add_argument("output", metavar="OUTPUT", help="the .keras file to write")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a .hdf5, .h5 or .keras file, or a stage's folder for its best checkpoint",
+    )
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="the .keras or .onnx file, the .savedmodel folder (TensorFlow) or the .tflite file "
+        "(LiteRT) to write",
+    )
     return parser
 
 
@@ -521,13 +538,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    cli.import_quietly("keras")
     output = Path(arguments.output)
-    if output.suffix != ".keras":
-        raise UsageError(f"{output}: expected a name that ends in .keras")
+    if output.suffix not in (".keras", *FORMS):
+        raise UsageError(f"{output}: expected a name that ends in .keras, {', '.join(FORMS)}")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
+    cli.import_quietly("keras")
     checkpoint = load(arguments.model)
-    save(output, checkpoint)
     config = checkpoint.config
+    if output.suffix == ".keras":
+        save(output, checkpoint)
+    else:
+        difference = export(output, checkpoint)
+        cli.say(f"{output}: differs from the network by at most {difference:.1e}")
     cli.say(
         f"{output}: {config.block} blocks{', multi-level' if config.multi else ''}, "
         f"{config.init_features} features, {config.num_tags} tags"

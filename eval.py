@@ -1,20 +1,37 @@
-"""Evaluate a model on the test split.
+"""Evaluate a model on the test split, or compare several.
 
     python eval.py log/4 --data-dir ./dataset
     python eval.py se-multi-auc_0.9111-tfrmodel.hdf5 --report ./report
+    python eval.py log/4 log-rese/4 --report ./report
 
-A clip's prediction is the mean of its segments'; scores are the averages over tags.
+A clip's prediction is the mean of its segments'; scores are the averages over tags. A report says
+how far they can be trusted: 95 % intervals by bootstrap over the test clips, and of the
+differences between models on the same clips.
 """
 
 import argparse
 import json
 import math
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import cli
+import figures
 from errors import CheckpointError, UsageError
-from evaluation import DEFAULT_BATCH_SIZE, Scores, check_fits, predict_clips, score
+from evaluation import (
+    CONFIDENCE,
+    DEFAULT_BATCH_SIZE,
+    NUM_RESAMPLES,
+    Resamples,
+    Scores,
+    bootstrap,
+    check_fits,
+    interval,
+    predict_clips,
+    score,
+)
 from input_data import Clip, open_dataset, read_clips
 
 import numpy as np
@@ -59,7 +76,7 @@ def evaluate(
 
     clips, predictions = [], []
     shown = cli.progress(
-        read_clips(test.shards, dataset.num_samples),
+        read_clips(test.shards, dataset.num_samples, len(dataset.tags)),
         total=test.num_clips, unit="clip", desc="evaluating",
     )  # fmt: skip
     for clip, (outputs,) in predict_clips(network, shown, batch_size):
@@ -79,7 +96,8 @@ def write_report(
     clips: list[Clip],
     predictions: np.ndarray,
     scores: Scores,
-) -> None:
+    seed: int = 0,
+) -> Resamples:
     """Write ``metrics.json``, ``per_tag.csv``, ``per_tag.png`` and ``predictions.csv``.
 
     Parameters
@@ -88,26 +106,43 @@ def write_report(
         Made if need be.
     tags, clips, predictions, scores
         As `evaluate` returns them.
+    seed : int
+        Of the bootstrap that gives the intervals.
+
+    Returns
+    -------
+    Resamples
+        What the intervals were taken of.
     """
     import pandas as pd
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    resamples = bootstrap(np.array([clip.labels for clip in clips]), predictions, seed=seed)
+    roc_auc_interval = interval(resamples.roc_auc)
+    pr_auc_interval = interval(resamples.pr_auc)
     metrics = {
         "roc_auc": _or_none(scores.macro_roc_auc),
+        "roc_auc_interval": _ends(resamples.macro_roc_auc),
         "pr_auc": _or_none(scores.macro_pr_auc),
+        "pr_auc_interval": _ends(resamples.macro_pr_auc),
+        "intervals": _method(seed),
         "num_clips": len(clips),
         "num_tags": len(tags),
         "num_tags_scored": int((~np.isnan(scores.roc_auc)).sum()),
         "tags_not_scored": unscored(tags, scores),
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    _write_json(folder / "metrics.json", metrics)
     per_tag = pd.DataFrame(
         {
             "tag": tags,
             "positives": scores.positives,
             "roc_auc": scores.roc_auc,
+            "roc_auc_low": roc_auc_interval[0],
+            "roc_auc_high": roc_auc_interval[1],
             "pr_auc": scores.pr_auc,
+            "pr_auc_low": pr_auc_interval[0],
+            "pr_auc_high": pr_auc_interval[1],
         }
     )
     per_tag.to_csv(folder / "per_tag.csv", index=False, float_format="%.6f")
@@ -115,7 +150,77 @@ def write_report(
     table.insert(0, "clip_id", [clip.clip_id for clip in clips])
     table.insert(1, "mp3_path", [clip.mp3_path for clip in clips])
     table.to_csv(folder / "predictions.csv", index=False, float_format="%.8f")
-    _plot_tags(folder / "per_tag.png", tags, scores)
+    figures.plot_tags(folder / "per_tag.png", tags, len(clips), scores, resamples)
+    return resamples
+
+
+def write_comparison(
+    folder: str | Path,
+    tags: tuple[str, ...],
+    names: Sequence[str],
+    scores: Sequence[Scores],
+    resamples: Sequence[Resamples],
+    seed: int = 0,
+) -> dict:
+    """Write ``comparison.json``, ``comparison.csv`` and ``comparison.png``.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Made if need be.
+    tags : tuple of str
+        In model order.
+    names, scores, resamples
+        Of each model, the first being the one that the others are compared with; resamples of the
+        same clips (see `evaluation.bootstrap`).
+    seed : int
+        The bootstrap's.
+
+    Returns
+    -------
+    dict
+        What ``comparison.json`` holds.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables, comparisons = [], []
+    for name, its_scores, its_resamples in zip(names, scores, resamples, strict=True):
+        comparison = {"model": name}
+        for metric in ("roc_auc", "pr_auc"):
+            macro, macros = (getattr(its, f"macro_{metric}") for its in (its_scores, its_resamples))
+            first, firsts = (getattr(its[0], f"macro_{metric}") for its in (scores, resamples))
+            comparison |= {
+                metric: _or_none(macro),
+                f"{metric}_interval": _ends(macros),
+                f"{metric}_difference": _or_none(macro - first),
+                f"{metric}_difference_interval": _ends(macros - firsts),
+            }
+        comparisons.append(comparison)
+        if its_scores is scores[0]:
+            continue
+        low, high = interval(its_resamples.roc_auc - resamples[0].roc_auc)
+        tables.append(
+            pd.DataFrame(
+                {
+                    "tag": tags,
+                    "positives": its_scores.positives,
+                    "model": name,
+                    "roc_auc": its_scores.roc_auc,
+                    "baseline": names[0],
+                    "baseline_roc_auc": scores[0].roc_auc,
+                    "difference": its_scores.roc_auc - scores[0].roc_auc,
+                    "difference_low": low,
+                    "difference_high": high,
+                }
+            )
+        )
+    found = {"baseline": names[0], "models": comparisons, "intervals": _method(seed)}
+    _write_json(folder / "comparison.json", found)
+    pd.concat(tables).to_csv(folder / "comparison.csv", index=False, float_format="%.6f")
+    figures.plot_comparison(folder / "comparison.png", tags, names, scores, resamples)
+    return found
 
 
 def unscored(tags: tuple[str, ...], scores: Scores) -> list[str]:
@@ -123,41 +228,72 @@ def unscored(tags: tuple[str, ...], scores: Scores) -> list[str]:
     return [tag for tag, value in zip(tags, scores.roc_auc, strict=True) if np.isnan(value)]
 
 
+def model_names(paths: Sequence[str | Path]) -> list[str]:
+    """Name models by as much of the ends of their paths as tells them apart.
+
+    A stage's folder is a number, so its parent is always named too: ``log/1`` is ``log-1``.
+    """
+    parts = {}
+    for path in paths:
+        absolute = Path(path).absolute()
+        if absolute.suffix in (".keras", ".hdf5", ".h5"):
+            absolute = absolute.with_suffix("")
+        parts[path] = absolute.parts[1:] or ("root",)
+    lengths = {path: 1 + part[-1].isdigit() for path, part in parts.items()}
+    while True:
+        names = {path: "-".join(part[-lengths[path] :]) for path, part in parts.items()}
+        taken = Counter(names.values())
+        longer = {
+            path: lengths[path] + (taken[names[path]] > 1 and lengths[path] < len(part))
+            for path, part in parts.items()
+        }
+        if longer == lengths:
+            break
+        lengths = longer
+    result = []
+    for path in paths:
+        repeats = result.count(names[path])  # of one model given twice
+        result.append(names[path] + (f"-{len(result) + 1}" if repeats else ""))
+    return result
+
+
 def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return None if math.isnan(value) else float(value)
 
 
-def _plot_tags(path: Path, tags: tuple[str, ...], scores: Scores) -> None:
-    from matplotlib.figure import Figure
+def _ends(values: np.ndarray) -> list[float | None]:
+    return [_or_none(end) for end in interval(values)]
 
-    known = np.flatnonzero(~np.isnan(scores.roc_auc))
-    order = known[np.argsort(scores.roc_auc[known])]
-    rows = np.arange(len(order))
-    figure = Figure(figsize=(7, max(2.5, 1.3 + 0.2 * len(order))), layout="constrained")
-    axes = figure.subplots()
-    axes.hlines(rows, 0.5, scores.roc_auc[order], color="0.8", linewidth=1)
-    axes.plot(scores.roc_auc[order], rows, "o", color="#0072B2", label="ROC AUC")
-    axes.plot(scores.pr_auc[order], rows, "D", color="#D55E00", markersize=4, label="PR AUC")
-    axes.set_yticks(rows, [f"{tags[tag]} ({scores.positives[tag]})" for tag in order], fontsize=8)
-    axes.set_ylim(-1, max(len(order), 1))
-    axes.set_xlim(0, 1.02)
-    axes.set_xlabel("area under the curve (chance: ROC AUC 0.5, PR AUC the tag's share)")
-    axes.set_ylabel("tag (positive test clips)")
-    axes.axvline(0.5, color="0.5", linestyle=":", linewidth=1)
-    axes.legend(loc="lower left", frameon=False)
-    figure.savefig(path, dpi=120)
+
+def _method(seed: int) -> dict:
+    return {
+        "confidence": CONFIDENCE,
+        "method": "percentiles of bootstrap resamples of the clips",
+        "resamples": NUM_RESAMPLES,
+        "seed": seed,
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --- Command line --------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
-        "Evaluate a model on the test split.",
+        "Evaluate a model on the test split, or compare several.",
         "  python eval.py se-multi-auc_0.9111-tfrmodel.hdf5 --data-dir ./dataset\n"
-        "  python eval.py log/4 --report ./report",
+        "  python eval.py log/4 --report ./report\n"
+        "  python eval.py log/4 log-rese/4 --report ./report",
     )
     parser.add_argument(
-        "model_path",
+        "model_paths",
         metavar="MODEL_PATH",
-        help="a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint",
+        nargs="+",
+        help="a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint; several "
+        "are compared with the first",
     )
     parser.add_argument(
         "--data-dir",
@@ -169,7 +305,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--report",
         metavar="DIR",
         default=None,
-        help="write metrics.json, per_tag.csv, per_tag.png and predictions.csv here (default: no)",
+        help="write metrics.json, per_tag.csv, per_tag.png and predictions.csv here, those of "
+        "several models in a folder each, beside comparison.json, .csv and .png (default: no)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=cli.non_negative_int,
+        default=0,
+        help="seed of the bootstrap (default: 0)",
     )
     parser.add_argument(
         "--batch-size",
@@ -186,23 +330,48 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    if not Path(arguments.model_path).exists():
-        raise UsageError(f"{arguments.model_path}: no such model file")
+    for model_path in arguments.model_paths:
+        if not Path(model_path).exists():
+            raise UsageError(f"{model_path}: no such model file")
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
     cli.import_quietly("keras")
-    tags, clips, predictions, scores = evaluate(
-        arguments.model_path, arguments.data_dir, arguments.batch_size
-    )
-    if names := unscored(tags, scores):
-        cli.say(
-            f"{len(names)} tags without both classes in the test clips are left out of the "
-            f"averages: {', '.join(names)}"
+    names = model_names(arguments.model_paths)
+    is_alone = len(names) == 1
+    all_scores, all_resamples = [], []
+    for name, model_path in zip(names, arguments.model_paths, strict=True):
+        tags, clips, predictions, scores = evaluate(
+            model_path, arguments.data_dir, arguments.batch_size
         )
-    print(f"=> @ ROC AUC score: {scores.macro_roc_auc:.4f}")
-    print(f"=> @ PR AUC score: {scores.macro_pr_auc:.4f}")
+        if (left_out := unscored(tags, scores)) and not all_scores:
+            cli.say(
+                f"{len(left_out)} tags without both classes in the test clips are left out of the "
+                f"averages: {', '.join(left_out)}"
+            )
+        whose = "" if is_alone else f" ({name})"
+        print(f"=> @ ROC AUC score: {scores.macro_roc_auc:.4f}{whose}")
+        print(f"=> @ PR AUC score: {scores.macro_pr_auc:.4f}{whose}", flush=True)
+        all_scores.append(scores)
+        if arguments.report:
+            folder = Path(arguments.report) / ("" if is_alone else name)
+            all_resamples.append(
+                write_report(folder, tags, clips, predictions, scores, arguments.seed)
+            )
+            cli.say(f"{folder}: metrics.json, per_tag.csv, per_tag.png, predictions.csv")
+        elif not is_alone:
+            labels = np.array([clip.labels for clip in clips])
+            all_resamples.append(bootstrap(labels, predictions, seed=arguments.seed))
+    if is_alone:
+        return
+    for name, scores, resamples in zip(names[1:], all_scores[1:], all_resamples[1:], strict=True):
+        difference = scores.macro_roc_auc - all_scores[0].macro_roc_auc
+        low, high = interval(resamples.macro_roc_auc - all_resamples[0].macro_roc_auc)
+        print(
+            f"=> @ ROC AUC difference: {difference:+.4f}, {100 * CONFIDENCE:g} % interval "
+            f"{low:+.4f} to {high:+.4f} ({name} - {names[0]})"
+        )
     if arguments.report:
-        write_report(arguments.report, tags, clips, predictions, scores)
-        cli.say(f"{arguments.report}: metrics.json, per_tag.csv, per_tag.png, predictions.csv")
+        write_comparison(arguments.report, tags, names, all_scores, all_resamples, arguments.seed)
+        cli.say(f"{arguments.report}: comparison.json, comparison.csv, comparison.png")
 
 
 if __name__ == "__main__":

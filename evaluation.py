@@ -1,5 +1,6 @@
 """Predictions over clips, and the scores that compare them with the labels."""
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import keras
 
 DEFAULT_BATCH_SIZE = 32
+NUM_RESAMPLES = 1000
+CONFIDENCE = 0.95
+_RESAMPLES_AT_ONCE = 128  # their counts stay in a core's cache
 
 
 @dataclass
@@ -167,6 +171,149 @@ def score(labels: np.ndarray, predictions: np.ndarray) -> Scores:
             roc_auc[tag] = roc_auc_score(labels[:, tag], predictions[:, tag])
             pr_auc[tag] = average_precision_score(labels[:, tag], predictions[:, tag])
     return Scores(roc_auc, pr_auc, labels.sum(axis=0).astype(int))
+
+
+@dataclass
+class Resamples:
+    """Scores of bootstrap resamples of the clips.
+
+    Attributes
+    ----------
+    roc_auc, pr_auc : np.ndarray [shape=(n_resamples, n_tags)]
+        As in `Scores`; NaN where a resample does not have both classes.
+    """
+
+    roc_auc: np.ndarray
+    pr_auc: np.ndarray
+
+    @property
+    def macro_roc_auc(self) -> np.ndarray:
+        """Mean ROC AUC of each resample: (n_resamples,)."""
+        return _row_means(self.roc_auc)
+
+    @property
+    def macro_pr_auc(self) -> np.ndarray:
+        """Mean average precision of each resample: (n_resamples,)."""
+        return _row_means(self.pr_auc)
+
+
+def _row_means(values: np.ndarray) -> np.ndarray:
+    is_known = ~np.isnan(values)
+    sums = np.where(is_known, values, 0).sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return sums / is_known.sum(axis=1)
+
+
+def bootstrap(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> Resamples:
+    """Score resamples of the clips, drawn with replacement.
+
+    A resample is the same clips for every tag, and for every model that is scored on as many clips
+    with the same seed: differences between models are paired.
+
+    Parameters
+    ----------
+    labels, predictions : np.ndarray [shape=(n_clips, n_tags)]
+        As in `score`.
+    num_resamples : int
+        How many.
+    seed : int
+        Of the clips that are drawn.
+    """
+    num_clips, num_tags = np.shape(labels)
+    random = np.random.default_rng(seed)
+    roc_auc, pr_auc = np.empty((2, num_resamples, num_tags))
+    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+        rows = slice(start, min(start + _RESAMPLES_AT_ONCE, num_resamples))
+        drawn = random.integers(num_clips, size=(rows.stop - start, num_clips))
+        counts = np.stack([np.bincount(clips, minlength=num_clips) for clips in drawn], axis=1)
+        roc_auc[rows], pr_auc[rows] = weighted_scores(labels, predictions, counts)
+    return Resamples(roc_auc, pr_auc)
+
+
+def weighted_scores(
+    labels: np.ndarray, predictions: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score predictions where each clip counts as many times as is said.
+
+    Both scores follow from how much lies below each positive clip, so clips are ranked once a tag
+    for all resamples.
+
+    Parameters
+    ----------
+    labels, predictions : np.ndarray [shape=(n_clips, n_tags)]
+        As in `score`.
+    counts : np.ndarray [shape=(n_clips, n_resamples), dtype=int]
+        How often each clip is in each resample.
+
+    Returns
+    -------
+    roc_auc, pr_auc : np.ndarray [shape=(n_resamples, n_tags)]
+        As scikit-learn's ``roc_auc_score`` and ``average_precision_score`` give them with these
+        weights; NaN where there are not both classes.
+    """
+    labels = np.asarray(labels) > 0
+    counts = np.ascontiguousarray(counts, np.int32)
+    roc_auc, pr_auc = np.empty((2, counts.shape[1], labels.shape[1]))
+    total = counts.sum(axis=0)  # (num_resamples,)
+    # Weight of the clips before each place, from the lowest prediction up, and of the positives.
+    before = np.zeros((len(counts) + 1, counts.shape[1]), np.int32)
+    for tag in range(labels.shape[1]):
+        order = np.argsort(predictions[:, tag], kind="stable")
+        ranked = predictions[order, tag]
+        np.cumsum(counts[order], axis=0, out=before[1:])
+        places = np.flatnonzero(labels[order, tag])  # of the positives
+        weights = counts[order[places]]  # (num_positives, num_resamples)
+        positives_before = np.zeros((len(places) + 1, counts.shape[1]), np.int32)
+        np.cumsum(weights, axis=0, out=positives_before[1:])
+        # Clips with the same prediction as a positive one: places from first to before last.
+        first = np.searchsorted(ranked, ranked[places], "left")
+        last = np.searchsorted(ranked, ranked[places], "right")
+        positives_below = positives_before[np.searchsorted(places, first)]
+        positives_to = positives_before[np.searchsorted(places, last)]
+        negatives_below = before[first] - positives_below
+        negatives_tied = before[last] - positives_to - negatives_below
+        num_positives = positives_before[-1].astype(np.float64)
+        num_negatives = total - num_positives
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # In halves, so that sums stay whole.
+            won = (weights * (2 * negatives_below + negatives_tied).astype(np.int64)).sum(axis=0)
+            roc_auc[:, tag] = won / (2 * num_positives * num_negatives)
+            precision = (num_positives - positives_below) / np.maximum(total - before[first], 1)
+            pr_auc[:, tag] = (weights * precision).sum(axis=0) / num_positives
+        pr_auc[num_negatives == 0, tag] = np.nan
+    return roc_auc, pr_auc
+
+
+def interval(
+    values: np.ndarray, confidence: float = CONFIDENCE
+) -> tuple[np.ndarray | np.float64, np.ndarray | np.float64]:
+    """Find between which values resamples lie, by their percentiles.
+
+    Parameters
+    ----------
+    values : np.ndarray [shape=(n_resamples, ...)]
+        Scores of resamples, or differences of such; NaN ones are left out.
+    confidence : float
+        Share of the resamples within the interval.
+
+    Returns
+    -------
+    low, high : np.ndarray [shape=(...)]
+        NaN where every resample is NaN.
+    """
+    if not np.size(values):  # no tags
+        nothing = np.full(np.shape(values)[1:], np.nan)
+        return nothing, nothing
+    tails = 50 * (1 - confidence), 50 * (1 + confidence)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        low, high = np.nanpercentile(values, tails, axis=0)
+    return low, high
 
 
 def binary_crossentropy(labels: np.ndarray, predictions: np.ndarray) -> float:

@@ -1,19 +1,22 @@
 """Extract the mean excitations of the test clips into a pandas DataFrame.
 
     python extract_excitations.py log/4 --data-dir ./dataset
-    python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5 --out ./excitations.pkl
+    python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5 --out ./excitations.parquet
 
 One row a clip and depth: ``ex``, the clip's mean excitation (float32, one value a channel);
 ``depth``, 0 for the first block to 8 for the last; one 0/1 column a tag; ``clip_id``; ``mp3_path``.
+The name's ending says the form: ``.parquet`` for Parquet, which is data alone, any other for a
+pickle, which runs code that someone may have put in it when it is read.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cli
-from errors import UsageError
+from errors import UsageError, name_file
 from evaluation import DEFAULT_BATCH_SIZE, check_fits, predict_clips
 from input_data import open_dataset, read_clips
 
@@ -21,6 +24,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
+
+PARQUET_SUFFIX = ".parquet"
 
 
 def extract(
@@ -63,7 +68,7 @@ def extract(
 
     means, labels, identities = [], [], []
     shown = cli.progress(
-        read_clips(test.shards, dataset.num_samples),
+        read_clips(test.shards, dataset.num_samples, len(dataset.tags)),
         total=test.num_clips, unit="clip", desc="extracting",
     )  # fmt: skip
     for clip, outputs in predict_clips(excitations, shown, batch_size):
@@ -79,6 +84,47 @@ def extract(
         ],
         axis=1,
     )
+
+
+def write(path: str | Path, table: "pd.DataFrame") -> None:
+    """Write a table of excitations, whole or not at all, as its name's ending says.
+
+    Parameters
+    ----------
+    path : str or Path
+        A ``.parquet`` file, or any other for a pickle.
+    table : pd.DataFrame
+        What `extract` returns.
+
+    Raises
+    ------
+    UsageError
+        Two columns of the table have one name, which Parquet does not allow.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if path.suffix == PARQUET_SUFFIX:
+            repeated = table.columns[table.columns.duplicated()]
+            if len(repeated):
+                raise UsageError(
+                    f"{path}: Parquet has one column a name, and {repeated[0]!r} is a tag too: "
+                    "write a .pkl, or rename the tag"
+                )
+            table.to_parquet(temporary, engine="pyarrow", index=False)
+        else:
+            # Strings as Python's own: pandas would else pickle them as pyarrow's, for pyarrow only.
+            plain = table.astype({name: object for name in table.select_dtypes("str").columns})
+            plain.columns = table.columns.astype(object)
+            plain.to_pickle(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        name_file(error, path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,7 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         metavar="PATH",
         default="./excitations.pkl",
-        help="file to write (default: ./excitations.pkl)",
+        help="file to write: .parquet for Parquet, which is safe to read from anyone, or a pickle "
+        "(default: ./excitations.pkl)",
     )
     parser.add_argument(
         "--batch-size",
@@ -127,9 +174,7 @@ def _extract(arguments: argparse.Namespace) -> None:
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
     cli.import_quietly("keras")
     table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
-    temporary = output.with_name(f".{output.name}.tmp")
-    table.to_pickle(temporary)
-    temporary.replace(output)
+    write(output, table)
     num_clips = len(table) // table["depth"].nunique()
     cli.say(f"{output}: {len(table)} rows, {num_clips} clips at {table['depth'].nunique()} depths")
 

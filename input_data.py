@@ -27,12 +27,14 @@ import re
 import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from annotations import ANNOTATIONS_NAME, MTT_TOP_TAGS, SPLITS, missing_dataset_message, read_mtt
-from errors import AnnotationsError, ShardError
+from errors import AnnotationsError, ShardError, name_file
 
 import google_crc32c
 import numpy as np
@@ -160,12 +162,27 @@ def read_manifest(path: str | Path) -> dict:
     missing = {"tags", "sample_rate", "num_samples", "splits"} - manifest.keys()
     if missing:
         raise ShardError(f"{path}: the manifest lacks {', '.join(sorted(missing))}")
+    is_sound = (
+        isinstance(manifest["tags"], list)
+        and all(isinstance(tag, str) for tag in manifest["tags"])
+        and all(_is_count(manifest[name]) for name in ("sample_rate", "num_samples"))
+    )
+    if not is_sound:
+        raise ShardError(f"{path}: tags, sample_rate or num_samples are not what they should be")
     try:
         for split in manifest["splits"].values():
-            _ = split["clips"], split["segments"], [shard["name"] for shard in split["shards"]]
+            is_sound &= _is_count(split["clips"]) and _is_count(split["segments"])
+            for shard in split["shards"]:
+                is_sound &= isinstance(shard["name"], str) and _is_count(shard.get("bytes", 0))
     except (AttributeError, KeyError, TypeError):
-        raise ShardError(f"{path}: the manifest does not list the splits' shards") from None
+        is_sound = False
+    if not is_sound:
+        raise ShardError(f"{path}: the manifest does not list the splits' shards")
     return manifest
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def write_manifest(folder: str | Path, manifest: dict) -> None:
@@ -176,12 +193,26 @@ def write_manifest(folder: str | Path, manifest: dict) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, then give it its name."""
-    temporary = _temporary(path)
-    with open(temporary, "wb") as file:
+    with _written_whole(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Give a temporary file to write, and give it its name when all is written and flushed."""
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            name_file(error, path)
+        raise
 
 
 def _temporary(path: Path) -> Path:
@@ -240,6 +271,7 @@ def _dataset_from_manifest(data_dir: Path, shards: dict, manifest: dict) -> Data
                 f"{data_dir / SHARD_FOLDER}: {odd} is {state}: the {split} shards and the manifest "
                 "do not belong together; build again"
             )
+        _check_file_sizes(shards[split], listed["shards"])
         splits[split] = Split(shards[split], listed["clips"], listed["segments"])
     return Dataset(
         path=data_dir,
@@ -248,6 +280,19 @@ def _dataset_from_manifest(data_dir: Path, shards: dict, manifest: dict) -> Data
         num_samples=manifest["num_samples"],
         splits=splits,
     )
+
+
+def _check_file_sizes(paths: list[Path], entries: list[dict]) -> None:
+    """A file that ends where a record does looks whole: the manifest knows better."""
+    expected = {entry["name"]: entry.get("bytes") for entry in entries}
+    for path in paths:
+        num_bytes = path.stat().st_size
+        # Manifests of earlier builds do not say it.
+        if expected[path.name] not in (None, num_bytes):
+            raise ShardError(
+                f"{path}: {num_bytes} bytes, {MANIFEST_NAME} says {expected[path.name]}: cut short "
+                "or of another build: run build_mtt.py again, it makes this shard anew"
+            )
 
 
 def _dataset_from_headers(data_dir: Path, shards: dict) -> Dataset:
@@ -333,21 +378,12 @@ def read_records(path: str | Path) -> Iterator[bytes]:
 
 def write_records(path: str | Path, records: Iterable[bytes]) -> None:
     """Write a shard: it appears under its name only when complete and flushed to the disk."""
-    path = Path(path)
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            for record in records:
-                header = struct.pack("<Q", len(record))
-                file.write(header + _FOOTER.pack(_masked_crc(header)))
-                file.write(record)
-                file.write(_FOOTER.pack(_masked_crc(record)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _written_whole(Path(path)) as file:
+        for record in records:
+            header = struct.pack("<Q", len(record))
+            file.write(header + _FOOTER.pack(_masked_crc(header)))
+            file.write(record)
+            file.write(_FOOTER.pack(_masked_crc(record)))
 
 
 def encode_clip(clip: Clip, split: str, encoding: str = "float32") -> Iterator[bytes]:
@@ -389,15 +425,18 @@ def encode_clip(clip: Clip, split: str, encoding: str = "float32") -> Iterator[b
         yield record.SerializeToString(deterministic=True)
 
 
-def read_clips(shards: Iterable[str | Path], num_samples: int | None = None) -> Iterator[Clip]:
+def read_clips(
+    shards: Iterable[str | Path], num_samples: int | None = None, num_tags: int | None = None
+) -> Iterator[Clip]:
     """Yield the clips of shards in order.
 
     Parameters
     ----------
     shards : iterable of str or Path
         Shards of any split.
-    num_samples : int or None
-        The length that every segment must have; None takes the first record's.
+    num_samples, num_tags : int or None
+        The length that every segment must have, and the number of labels; None takes the first
+        record's.
 
     Yields
     ------
@@ -410,7 +449,6 @@ def read_clips(shards: Iterable[str | Path], num_samples: int | None = None) -> 
     ShardError
         A record is damaged, or unlike the others.
     """
-    num_tags = None
     for path in shards:
         is_sequence = str(path).endswith(".seq.tfrecord")
         pending = None

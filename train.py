@@ -6,11 +6,13 @@
     KERAS_BACKEND=jax python train.py
 
 Each stage is a folder ``log/0``, ``log/1``, … with the checkpoints that improved the validation
-loss, ``training.csv`` and TensorBoard's events. Run again after an interruption, the same command
-goes on from the last finished epoch.
+loss, ``training.csv`` and TensorBoard's events; ``log/training.png`` shows them all. Run again
+after an interruption, the same command goes on from the last finished epoch.
 """
 
 import argparse
+import csv
+import io
 import json
 import math
 import os
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import checkpoints
 import cli
+import figures
 from errors import Interrupted, TrainingError, UsageError
 from evaluation import Scores, binary_crossentropy, check_fits, predict_clips, score
 from input_data import (
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 RESUME_NAME = "resume.keras"  # the last finished epoch, with all that the next one needs
 HISTORY_NAME = "training.csv"
+PICTURE_NAME = "training.png"  # of all stages, beside their folders
 TEST_NAME = "test.json"  # the best checkpoint's test scores, once the stage is finished
 # The published program's decay within a stage: lr / (1 + this x iteration).
 ITERATION_DECAY = 1e-6
@@ -155,6 +159,7 @@ def train(
             state, checkpoint = _start_stage(train_dir, stage, config, dataset, options)
             if state.history:  # an end between the two files left one row too few
                 _write_history(stage_dir / HISTORY_NAME, state.history)
+                _draw_training(train_dir)
             if state.finished:
                 cli.say(f"stage {stage}: finished earlier, best {state.best_loss:.4f}")
             else:
@@ -271,8 +276,14 @@ def _start_stage(
 
 def _state_of(checkpoint: checkpoints.Checkpoint, path: Path) -> StageState:
     try:
-        return StageState(**checkpoint.training["state"])
-    except (KeyError, TypeError):
+        state = StageState(**checkpoint.training["state"])
+        # Compared and written below; that they are numbers must be known now.
+        numbers = [state.epoch, state.best_loss, state.epochs_without_improvement]
+        numbers += [value for row in state.history for value in row.values()]
+        if not all(isinstance(value, int | float) for value in numbers):
+            raise TypeError
+        return state
+    except (AttributeError, KeyError, TypeError):
         raise TrainingError(
             f"{path}: does not say where its training stood: only checkpoints of train.py go on; "
             "to start from it, put it in the folder of the stage before"
@@ -329,6 +340,7 @@ def _run_stage(
             checkpoints.save(stage_dir / name, checkpoint)
         checkpoints.save(stage_dir / RESUME_NAME, checkpoint, trainer)
         _write_history(stage_dir / HISTORY_NAME, state.history)
+        _draw_training(stage_dir.parent)
         events.write(row)
         cli.say(
             f"stage {stage} epoch {epoch}: loss {loss:.4f}, val_loss {val_loss:.4f}, val ROC AUC "
@@ -430,10 +442,10 @@ def _validate(
 ) -> tuple[float, Scores]:
     """Loss over the validation segments, and scores over its clips."""
     labels, segment_labels, means, segment_predictions = [], [], [], []
-    clips = read_clips(dataset.splits["val"].shards, dataset.num_samples)
+    clips = read_clips(dataset.splits["val"].shards, dataset.num_samples, len(dataset.tags))
     for clip, (predictions,) in predict_clips(trainer, clips, options.batch_size, stop.check):
         labels.append(clip.labels)
-        means.append(predictions.mean(axis=0))
+        means.append(predictions.mean(axis=0, dtype=np.float64))
         segment_labels.append(np.repeat(clip.labels[np.newaxis], len(predictions), axis=0))
         segment_predictions.append(predictions)
     loss = binary_crossentropy(np.concatenate(segment_labels), np.concatenate(segment_predictions))
@@ -458,12 +470,12 @@ def _test(
     network.compile(jit_compile=choose_jit(options.jit, checkpoint.config.block))
     labels, means = [], []
     clips = cli.progress(
-        read_clips(test.shards, dataset.num_samples),
+        read_clips(test.shards, dataset.num_samples, len(dataset.tags)),
         total=test.num_clips, unit="clip", desc="testing", leave=False,
     )  # fmt: skip
     for clip, (predictions,) in predict_clips(network, clips, options.batch_size, stop.check):
         labels.append(clip.labels)
-        means.append(predictions.mean(axis=0))
+        means.append(predictions.mean(axis=0, dtype=np.float64))
     scores = score(np.array(labels), np.array(means))
     noted = {
         "checkpoint": best.name,
@@ -485,6 +497,47 @@ def _write_history(path: Path, history: list[dict]) -> None:
     lines = [",".join(history[0])]
     lines += [",".join(f"{value:.8g}" for value in row.values()) for row in history]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def read_history(path: str | Path) -> list[dict[str, float]]:
+    """Read a stage's ``training.csv``, a row an epoch."""
+    with open(path, newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def plot_training(train_dir: str | Path) -> Path:
+    """Draw ``training.png`` from the ``training.csv`` of every stage.
+
+    Parameters
+    ----------
+    train_dir : str or Path
+        Holds the stages' folders, and the picture then.
+
+    Returns
+    -------
+    Path
+        The picture.
+    """
+    train_dir = Path(train_dir)
+    histories = {
+        int(path.parent.name): read_history(path)
+        for path in train_dir.glob(f"*/{HISTORY_NAME}")
+        if path.parent.name.isdecimal()
+    }
+    drawn = io.BytesIO()
+    figures.plot_training(
+        drawn, {stage: histories[stage] for stage in sorted(histories) if histories[stage]}
+    )
+    write_atomically(train_dir / PICTURE_NAME, drawn.getvalue())
+    return train_dir / PICTURE_NAME
+
+
+def _draw_training(train_dir: Path) -> None:
+    """Keep the picture current; whatever is wrong with it, training goes on."""
+    try:
+        plot_training(train_dir)
+    except Exception as error:
+        cli.say(f"{train_dir / PICTURE_NAME}: not drawn: {error}")
 
 
 class EventLog:

@@ -1,7 +1,10 @@
 """Audio and datasets that several tests need, made once a session; nothing is downloaded."""
 
 import csv
+import ctypes
 import os
+import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -48,6 +51,35 @@ def encode_audio(path, samples, sample_rate=16000, codec="libmp3lame", bit_rate=
     return path
 
 
+def encode_float(path, codec, sample_rate=44100, layout="stereo", seconds=4):
+    """Write a file of a codec that takes planar float32 frames."""
+    channels = {"mono": 1, "stereo": 2}[layout]
+    mono = synthesise(seconds, sample_rate, seed=3).T / np.float32(32768)
+    samples = np.repeat(mono.astype(np.float32), channels, axis=0)  # (channels, n_samples)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=sample_rate, layout=layout)
+        stream.codec_context.options = {"strict": "experimental"}
+        stream.codec_context.open()
+        if path.suffix in (".mp4", ".mkv"):
+            add_picture(container)
+        for start in range(0, samples.shape[1], stream.codec_context.frame_size):
+            block = samples[:, start : start + stream.codec_context.frame_size]
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), "fltp", layout)
+            frame.sample_rate, frame.pts = sample_rate, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def add_picture(container):
+    """Add a video stream of a second."""
+    stream = container.add_stream("mpeg4", rate=10, width=32, height=32, pix_fmt="yuv420p")
+    for brightness in range(10):
+        pixels = np.full((32, 32, 3), 10 * brightness, np.uint8)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+    container.mux(stream.encode(None))
+
+
 def write_dataset(data_dir, num_clips=24, seconds=CLIP_SECONDS):
     """Write annotations_final.csv and mp3/ of short clips whose tones are their tags."""
     rows = []
@@ -72,6 +104,44 @@ def write_annotations(path, rows, tags=TAGS):
         writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
         writer.writerow(["clip_id", *tags, "mp3_path"])
         writer.writerows(rows)
+
+
+@contextmanager
+def opened(path):
+    """Give a function that tells whether a file was opened since, by anyone and any library."""
+    libc = ctypes.CDLL(None)
+    watch = libc.inotify_init1(os.O_NONBLOCK)
+    try:
+        assert watch >= 0
+        assert libc.inotify_add_watch(watch, os.fsencode(path), 0x20) >= 0  # IN_OPEN
+
+        def was_opened():
+            try:
+                return bool(os.read(watch, 4096))
+            except BlockingIOError:
+                return False
+
+        with open(path, "rb"):
+            assert was_opened(), "the watch does not work"
+        yield was_opened
+    finally:
+        os.close(watch)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 3 MB that can be filled; only root may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(str(error))
+    if done.returncode:
+        pytest.skip(f"no disk can be mounted: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,11 @@
 """Decoding: the published program's samples, bit for bit; one error for all that is not audio."""
 
 import functools
+import subprocess
 import sys
+import textwrap
+import time
+from pathlib import Path
 
 import audio
 from audio import cut_segments, decode
@@ -11,10 +15,11 @@ from input_data import read_clips
 import av
 import numpy as np
 import pytest
-from conftest import encode_audio, synthesise
+from conftest import add_picture, encode_audio, encode_float, synthesise
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+ROOT = Path(__file__).parent.parent
 SAMPLE_RATE = 22050
 NUM_SAMPLES = 59049
 
@@ -25,35 +30,6 @@ def id3_picture():
     frame = b"APIC" + len(body).to_bytes(4, "big") + b"\0\0" + body
     size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
     return b"ID3\3\0\0" + size + frame
-
-
-def encode_float(path, codec, sample_rate=44100, layout="stereo", seconds=4):
-    """Write a file of a codec that takes planar float32 frames."""
-    channels = {"mono": 1, "stereo": 2}[layout]
-    mono = synthesise(seconds, sample_rate, seed=3).T / np.float32(32768)
-    samples = np.repeat(mono.astype(np.float32), channels, axis=0)  # (channels, n_samples)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=sample_rate, layout=layout)
-        stream.codec_context.options = {"strict": "experimental"}
-        stream.codec_context.open()
-        if path.suffix in (".mp4", ".mkv"):
-            add_picture(container)
-        for start in range(0, samples.shape[1], stream.codec_context.frame_size):
-            block = samples[:, start : start + stream.codec_context.frame_size]
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block), "fltp", layout)
-            frame.sample_rate, frame.pts = sample_rate, start
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def add_picture(container):
-    """Add a video stream of a second."""
-    stream = container.add_stream("mpeg4", rate=10, width=32, height=32, pix_fmt="yuv420p")
-    for brightness in range(10):
-        pixels = np.full((32, 32, 3), 10 * brightness, np.uint8)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-    container.mux(stream.encode(None))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +75,6 @@ def assert_same_as_madmom(path, tolerance=0):
     np.testing.assert_allclose(samples, reference, rtol=0, atol=tolerance)
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 @pytest.mark.parametrize(
     ("name", "sample_rate", "channels", "seconds", "codec", "bit_rate"),
     [
@@ -120,7 +95,6 @@ def test_equals_madmom(tmp_path, name, sample_rate, channels, seconds, codec, bi
     assert_same_as_madmom(encode_audio(tmp_path / name, samples, sample_rate, codec, bit_rate))
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 def test_equals_madmom_on_an_mp3_with_a_cover(tmp_path, mp3):
     path = tmp_path / "cover.mp3"
     path.write_bytes(id3_picture() + mp3.read_bytes())
@@ -128,7 +102,6 @@ def test_equals_madmom_on_an_mp3_with_a_cover(tmp_path, mp3):
     np.testing.assert_array_equal(decode(path), decode(mp3))
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 @pytest.mark.parametrize(("name", "codec"), [("a.ogg", "vorbis"), ("a.m4a", "aac")])
 def test_nearly_equals_madmom_where_releases_of_ffmpeg_differ(tmp_path, name, codec):
     # The decoders of Vorbis and AAC add in floating point, in another order in each release of
@@ -144,7 +117,6 @@ def damaged(content):
     return content[:start] + noise + content[start + len(noise) :]
 
 
-@pytest.mark.filterwarnings("ignore:pkg_resources")
 def test_passes_over_damaged_frames_as_madmom_does(tmp_path):
     sound = encode_audio(tmp_path / "sound.mp3", synthesise(30))
     path = tmp_path / "damaged.mp3"
@@ -211,6 +183,52 @@ def test_truncated_mp3_gives_what_is_there(tmp_path, mp3):
     samples = decode(path)
     assert 2 * SAMPLE_RATE < len(samples) < 3 * SAMPLE_RATE
     np.testing.assert_array_equal(samples[:SAMPLE_RATE], decode(mp3)[:SAMPLE_RATE])
+
+
+_HELD = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    from pathlib import Path
+    import numpy
+    from audio import decode
+
+    def held():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+    decode(sys.argv[2])
+    before = held()
+    print(len(decode(sys.argv[3])), held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["hours.mp3", "hours.wav"])
+def test_three_hours_take_the_memory_and_time_of_29_s(tmp_path, name):
+    short = encode_audio(tmp_path / "short.mp3", synthesise(30))
+    hours = tmp_path / name
+    if name.endswith(".mp3"):
+        hours.write_bytes(short.read_bytes() * 360)
+    else:
+        encode_audio(hours, synthesise(30), 16000, "pcm_s16le", None)
+        # Silence after it, which takes no space on the disk, and sizes to match.
+        start, num_bytes = hours.read_bytes().index(b"data") + 8, 3 * 3600 * 32000
+        with open(hours, "r+b") as file:
+            file.truncate(start + num_bytes)
+            for at, size in ((4, start + num_bytes - 8), (start - 4, num_bytes)):
+                file.seek(at)
+                file.write(size.to_bytes(4, "little"))
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_HELD), str(ROOT), str(short), str(hours)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    num_samples, num_kilobytes = map(int, done.stdout.split())
+    print(f"{hours.stat().st_size >> 20} MiB: {num_kilobytes} KB more than 30 s")
+    assert num_samples == 29 * SAMPLE_RATE
+    assert num_kilobytes < 50_000
+    assert time.monotonic() - started < 30
 
 
 def test_silence_is_audio(tmp_path):

@@ -13,6 +13,7 @@ from checkpoints import Checkpoint, save
 from input_data import open_dataset, read_clips
 from model import NetworkConfig, build_network
 
+import keras
 import matplotlib.image
 import numpy as np
 import pandas as pd
@@ -84,7 +85,21 @@ def test_scores_and_report(tiny_dataset, model_path, tmp_path):
     assert metrics["tags_not_scored"] == left_out
 
     per_tag = pd.read_csv(report / "per_tag.csv")
-    assert list(per_tag.columns) == ["tag", "positives", "roc_auc", "pr_auc"]
+    assert list(per_tag.columns) == [
+        "tag", "positives", "roc_auc", "roc_auc_low", "roc_auc_high", "pr_auc", "pr_auc_low",
+        "pr_auc_high",
+    ]  # fmt: skip
+    for metric in ("roc_auc", "pr_auc"):
+        scored = per_tag[known]
+        assert (scored[f"{metric}_low"] <= scored[metric]).all()
+        assert (scored[metric] <= scored[f"{metric}_high"]).all()
+        assert per_tag[~np.array(known)][f"{metric}_low"].isna().all()
+        low, high = metrics[f"{metric}_interval"]
+        assert low <= metrics[metric] <= high
+    assert metrics["intervals"] == {
+        "confidence": 0.95, "method": "percentiles of bootstrap resamples of the clips",
+        "resamples": 1000, "seed": 0,
+    }  # fmt: skip
     assert per_tag["tag"].tolist() == list(dataset.tags)
     assert per_tag["positives"].tolist() == labels.sum(axis=0).tolist()
     assert per_tag["roc_auc"].mean() == pytest.approx(roc_auc, abs=1e-6)
@@ -93,6 +108,93 @@ def test_scores_and_report(tiny_dataset, model_path, tmp_path):
     image = matplotlib.image.imread(report / "per_tag.png")
     assert image.shape[0] > 200 and image.shape[1] > 400
     assert image.std() > 0.01  # not blank
+
+
+def make_untrained_model(path, dataset, seed):
+    keras.utils.set_random_seed(seed)
+    config = NetworkConfig(block="basic", init_features=2, num_tags=len(dataset.tags))
+    path.parent.mkdir()
+    save(path, Checkpoint(build_network(config), config, dataset.tags, dataset.sample_rate))
+    return path
+
+
+def test_comparison(tiny_dataset, tmp_path, capsys):
+    dataset = open_dataset(tiny_dataset)
+    one, other = (
+        make_untrained_model(tmp_path / name / "m.keras", dataset, seed)
+        for seed, name in enumerate(("one", "other"))
+    )
+    models = [one, other, one]
+    report = tmp_path / "report"
+    command = [*map(str, models), "--data-dir", str(tiny_dataset), "--report", str(report)]
+    assert eval_script.main(command) == 0
+    out = capsys.readouterr().out.splitlines()
+
+    comparison = json.loads((report / "comparison.json").read_text())
+    names = [model["model"] for model in comparison["models"]]
+    assert names == ["one-m", "other-m", "one-m-3"]
+    assert comparison["baseline"] == names[0]
+    for name, model in zip(names, comparison["models"], strict=True):
+        metrics = json.loads((report / name / "metrics.json").read_text())
+        assert model["roc_auc"] == metrics["roc_auc"]
+        assert model["roc_auc_interval"] == metrics["roc_auc_interval"]
+        assert f"=> @ ROC AUC score: {metrics['roc_auc']:.4f} ({name})" in out
+        assert f"=> @ PR AUC score: {metrics['pr_auc']:.4f} ({name})" in out
+        for file in ("per_tag.csv", "per_tag.png", "predictions.csv"):
+            assert (report / name / file).stat().st_size
+    first, second, again = comparison["models"]
+    for metric in ("roc_auc", "pr_auc"):
+        assert second[f"{metric}_difference"] == pytest.approx(second[metric] - first[metric])
+        low, high = second[f"{metric}_difference_interval"]
+        assert low < high and second[f"{metric}_difference"] != 0
+        assert again[f"{metric}_difference"] == 0
+        assert again[f"{metric}_difference_interval"] == [0, 0]
+    low, high = second["roc_auc_difference_interval"]
+    assert (
+        f"=> @ ROC AUC difference: {second['roc_auc_difference']:+.4f}, 95 % interval "
+        f"{low:+.4f} to {high:+.4f} ({names[1]} - {names[0]})"
+    ) in out
+
+    table = pd.read_csv(report / "comparison.csv")
+    assert table["model"].tolist() == names[1:2] * len(dataset.tags) + names[2:] * len(dataset.tags)
+    assert table["tag"].tolist() == [*dataset.tags] * 2
+    of_second, of_again = (table[table["model"] == name] for name in names[1:])
+    np.testing.assert_allclose(
+        of_second["difference"], of_second["roc_auc"] - of_second["baseline_roc_auc"], atol=2e-6
+    )
+    known = of_second["roc_auc"].notna()
+    assert (of_second["difference_low"] <= of_second["difference_high"])[known].all()
+    assert (of_second["difference_low"] < of_second["difference_high"])[known].any()
+    columns = ["difference", "difference_low", "difference_high"]
+    assert (of_again[columns].to_numpy()[known] == 0).all()
+
+    image = matplotlib.image.imread(report / "comparison.png")
+    assert image.shape[1] == 830 and image.std() > 0.01
+
+
+def test_models_are_compared_without_a_report_too(tiny_dataset, model_path, tmp_path, capsys):
+    command = [str(model_path)] * 2 + ["--data-dir", str(tiny_dataset)]
+    assert eval_script.main(command) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 5
+    assert out[-1].startswith("=> @ ROC AUC difference: +0.0000, 95 % interval +0.0000 to +0.0000")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["log/4"], ["log-4"]),
+        (["log/0", "log/1/"], ["log-0", "log-1"]),
+        (["log/4", "log-rese/4"], ["log-4", "log-rese-4"]),
+        (["x/se.keras", "y/rese.hdf5"], ["se", "rese"]),
+        (["x/se.keras", "y/se.keras"], ["x-se", "y-se"]),
+        (["a/log/4", "b/log/4", "c/best.h5"], ["a-log-4", "b-log-4", "best"]),
+        (["se-auc_0.9111-tfrmodel.hdf5", "../0.9113"], ["se-auc_0.9111-tfrmodel", "0.9113"]),
+    ],
+)
+def test_models_are_named_by_what_tells_them_apart(paths, names):
+    found = eval_script.model_names(paths)
+    assert [name.replace(os.sep, "-") for name in found] == names
 
 
 def published_shards(golden, data_dir):

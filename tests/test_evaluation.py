@@ -5,7 +5,15 @@ from pathlib import Path
 import eval as eval_script
 from checkpoints import Checkpoint, save
 from errors import UsageError
-from evaluation import binary_crossentropy, check_fits, predict_clips, score
+from evaluation import (
+    binary_crossentropy,
+    bootstrap,
+    check_fits,
+    interval,
+    predict_clips,
+    score,
+    weighted_scores,
+)
 from input_data import Clip, Dataset, open_dataset, read_clips
 from model import NetworkConfig, build_network
 
@@ -93,6 +101,87 @@ def test_tags_of_one_class_are_left_out():
     assert scores.positives.tolist() == [2, 4, 0]
     nothing = score(labels[:, 1:], predictions[:, 1:])
     assert np.isnan(nothing.macro_roc_auc) and np.isnan(nothing.macro_pr_auc)
+
+
+# --- How far scores can be trusted ----------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_clips=st.integers(1, 40),
+    num_levels=st.integers(1, 8),  # of predictions: few make many ties
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_weighted_scores_are_scikit_learns(num_clips, num_levels, share, seed):
+    random = np.random.default_rng(seed)
+    labels = (random.uniform(size=(num_clips, 3)) < share).astype(np.uint8)
+    predictions = random.integers(num_levels, size=(num_clips, 3)) / num_levels
+    counts = random.integers(0, 4, size=(num_clips, 4))
+    counts[:, 0] = 1  # the clips themselves
+    roc_auc, pr_auc = weighted_scores(labels, predictions, counts)
+    assert roc_auc.shape == pr_auc.shape == (4, 3)
+    for resample, weights in enumerate(counts.T):
+        for tag in range(3):
+            drawn = weights > 0
+            if len(set(labels[drawn, tag])) < 2:
+                assert np.isnan(roc_auc[resample, tag]) and np.isnan(pr_auc[resample, tag])
+                continue
+            of_tag = labels[drawn, tag], predictions[drawn, tag]
+            expected = roc_auc_score(*of_tag, sample_weight=weights[drawn])
+            assert roc_auc[resample, tag] == pytest.approx(expected, abs=1e-12)
+            expected = average_precision_score(*of_tag, sample_weight=weights[drawn])
+            assert pr_auc[resample, tag] == pytest.approx(expected, abs=1e-12)
+    scores = score(labels, predictions)
+    np.testing.assert_allclose(roc_auc[0], scores.roc_auc, atol=1e-12)
+    np.testing.assert_allclose(pr_auc[0], scores.pr_auc, atol=1e-12)
+
+
+def test_intervals_cover_the_true_score():
+    """Tags of known ROC AUC, drawn anew: about 95 of 100 intervals must hold it."""
+    from scipy.stats import norm
+
+    random = np.random.default_rng(0)
+    distance = np.resize([0.5, 1.0, 1.8], 300)
+    labels = (random.uniform(size=(300, 300)) < 0.3).astype(np.uint8)
+    predictions = random.normal(size=labels.shape) + distance * labels
+    low, high = interval(bootstrap(labels, predictions, num_resamples=400).roc_auc)
+    true = norm.cdf(distance / np.sqrt(2))
+    covered = np.mean((low <= true) & (true <= high))
+    assert 0.91 <= covered <= 0.98
+    assert (low < high).all()
+    # Four times the clips halve an interval.
+    wide, _ = interval(bootstrap(labels[:75], predictions[:75], num_resamples=400).roc_auc)
+    ratio = np.mean(high - low) / np.mean(2 * (score(labels, predictions).roc_auc - wide))
+    assert 0.4 < ratio < 0.6
+
+
+def test_resamples_are_those_of_the_seed():
+    random = np.random.default_rng(0)
+    labels = (random.uniform(size=(50, 4)) < 0.4).astype(np.uint8)
+    predictions = random.uniform(size=labels.shape)
+    one = bootstrap(labels, predictions, num_resamples=150, seed=3)
+    np.testing.assert_array_equal(one.roc_auc, bootstrap(labels, predictions, 150, 3).roc_auc)
+    assert not np.array_equal(one.roc_auc, bootstrap(labels, predictions, 150, 4).roc_auc)
+    assert one.macro_roc_auc == pytest.approx(one.roc_auc.mean(axis=1))
+    # Every tag and every model is scored on the same clips.
+    other = bootstrap(labels, 3 * predictions - 1, num_resamples=150, seed=3)
+    np.testing.assert_array_equal(one.pr_auc, other.pr_auc)
+    ends = interval(one.roc_auc - other.roc_auc)
+    np.testing.assert_array_equal(ends, np.zeros((2, 4)))
+
+
+def test_resamples_without_both_classes_are_left_out():
+    labels = np.zeros((12, 3), np.uint8)
+    labels[0, 0] = labels[:, 1] = 1  # a rare tag, one that all carry and one that none does
+    predictions = np.random.default_rng(0).uniform(size=labels.shape)
+    resamples = bootstrap(labels, predictions, num_resamples=200)
+    assert 0.2 < np.isnan(resamples.roc_auc[:, 0]).mean() < 0.6
+    assert np.isnan(resamples.roc_auc[:, 1:]).all()
+    low, high = interval(resamples.roc_auc)
+    assert np.isfinite([low[0], high[0]]).all() and np.isnan([low[1:], high[1:]]).all()
+    known = resamples.roc_auc[:, 0]
+    np.testing.assert_array_equal(resamples.macro_roc_auc, known)
 
 
 def test_binary_crossentropy_is_keras():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import extract_excitations
 from annotations import MTT_TOP_TAGS
+from errors import UsageError
 from input_data import open_dataset, read_clips
 
 import numpy as np
@@ -63,6 +64,41 @@ def test_as_a_subprocess(tiny_dataset, tmp_path):
         assert (rows[list(dataset.tags)].to_numpy() == clip.labels).all()
     with open(tmp_path / "excitations.pkl", "rb") as file:
         assert pickle.load(file).equals(table)
+
+
+def test_parquet_by_its_ending_holds_the_same(tiny_dataset, tmp_path, capsys):
+    model = make_model(tmp_path / "se.keras", open_dataset(tiny_dataset))
+    expected = extract_excitations.extract(model, tiny_dataset)
+    path = tmp_path / "excitations.parquet"
+    arguments = [str(model), "--data-dir", str(tiny_dataset), "--out", str(path)]
+    assert extract_excitations.main(arguments) == 0
+    assert f"{path}: 54 rows, 6 clips at 9 depths" in capsys.readouterr().err
+    assert path.read_bytes()[:4] == b"PAR1"
+    extract_excitations.write(tmp_path / "excitations.pkl", expected)
+    for table in (pd.read_parquet(path), pd.read_pickle(tmp_path / "excitations.pkl")):
+        assert list(table.columns) == list(expected.columns)
+        for one, other in zip(table["ex"], expected["ex"], strict=True):
+            assert one.dtype == np.float32
+            np.testing.assert_array_equal(one, other)
+        for column in expected.columns[1:]:
+            assert table[column].tolist() == expected[column].tolist()
+    assert sorted(name.name for name in tmp_path.iterdir()) == [
+        "excitations.parquet", "excitations.pkl", "se.keras",
+    ]  # fmt: skip
+
+
+def test_pickle_needs_no_pyarrow(tmp_path):
+    table = pd.DataFrame({"ex": [np.ones(2, "f4")], "depth": [0], "rock": np.uint8([1]),
+                          "clip_id": ["2"], "mp3_path": ["d/ü.mp3"]})  # fmt: skip
+    extract_excitations.write(tmp_path / "excitations.pkl", table)
+    assert b"arrow" not in (tmp_path / "excitations.pkl").read_bytes().lower()
+
+
+def test_two_columns_of_one_name_are_no_parquet(tmp_path):
+    table = pd.DataFrame([[0, 1, 1]], columns=["depth", "ex", "ex"])
+    with pytest.raises(UsageError, match=r"x\.parquet: Parquet has one column a name, and 'ex'"):
+        extract_excitations.write(tmp_path / "x.parquet", table)
+    assert not list(tmp_path.iterdir())
 
 
 def test_same_through_any_batch_size(tiny_dataset, tmp_path):

@@ -354,7 +354,13 @@ def test_shards_that_the_manifest_does_not_list_are_refused(tmp_path, tiny_datas
     "content",
     ["", "{", "[]", "null", "{}", '{"format": 2}', '{"format": 1}', b"\xff\xfe",
      '{"format": 1, "tags": [], "sample_rate": 1, "num_samples": 1, "splits": []}',
-     '{"format": 1, "tags": [], "sample_rate": 1, "num_samples": 1, "splits": {"val": {}}}'],
+     '{"format": 1, "tags": [], "sample_rate": 1, "num_samples": 1, "splits": {"val": {}}}',
+     '{"format": 1, "tags": 3, "sample_rate": 1, "num_samples": 1, "splits": {}}',
+     '{"format": 1, "tags": ["a", 1], "sample_rate": 1, "num_samples": 1, "splits": {}}',
+     '{"format": 1, "tags": [], "sample_rate": 1, "num_samples": null, "splits": {}}',
+     '{"format": 1, "tags": [], "sample_rate": 1, "num_samples": -1, "splits": {}}',
+     '{"format": 1, "tags": [], "sample_rate": 1, "num_samples": 1, "splits": {"val": '
+     '{"clips": 1, "segments": 1, "shards": [{"name": {}}]}}}'],
 )  # fmt: skip
 def test_broken_manifest_is_refused(tmp_path, content):
     path = tmp_path / "manifest.json"
@@ -472,6 +478,11 @@ def test_record_unlike_the_others_is_refused(tmp_path, name, odd, found):
 def test_other_length_than_asked_for_is_refused(shard):
     with pytest.raises(ShardError, match="record 0: segments of 300 samples, expected 59049"):
         list(read_clips([shard], num_samples=59049))
+
+
+def test_other_number_of_tags_than_asked_for_is_refused(shard):
+    with pytest.raises(ShardError, match="record 0: labels of 7 tags, expected 50"):
+        list(read_clips([shard], num_tags=50))
 
 
 def test_features_of_another_kind_are_refused(tf, tmp_path):
@@ -599,8 +610,30 @@ def test_shard_that_lost_whole_records_is_noticed(tmp_path, tiny_dataset):
     path = tmp_path / "tfrecord" / "train-0002-of-0003.tfrecord"
     start, length = index_records(path)[-2]
     path.write_bytes(path.read_bytes()[: start + length + 4])
+    with pytest.raises(ShardError, match=rf"{path}: \d+ bytes, manifest\.json says \d+: cut short"):
+        open_dataset(tmp_path)
+    # A manifest of a build that did not note the sizes still tells by the counts.
+    manifest_path = tmp_path / "tfrecord" / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    for split in manifest["splits"].values():
+        for entry in split["shards"]:
+            del entry["bytes"]
+    manifest_path.write_text(json.dumps(manifest))
     with pytest.raises(ShardError, match=r"20 train segments.*manifest\.json says 21"):
         SegmentReader(open_dataset(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_shard_that_ends_where_a_record_does_is_noticed_in_every_split(
+    tmp_path, tiny_dataset, split
+):
+    shutil.copytree(tiny_dataset / "tfrecord", tmp_path / "tfrecord")
+    path = sorted((tmp_path / "tfrecord").glob(f"{split}-*"))[0]
+    start, length = index_records(path)[-2]
+    path.write_bytes(path.read_bytes()[: start + length + 4])
+    assert list(read_clips([path]))
+    with pytest.raises(ShardError, match=rf"{path}: .*run build_mtt\.py again"):
+        open_dataset(tmp_path)
 
 
 def test_empty_split_has_no_segments(golden):

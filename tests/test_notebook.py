@@ -1,6 +1,7 @@
 """The analysis notebook: it runs on any set of tags, and is committed executed and clean."""
 
 import base64
+import pickle
 import re
 import struct
 from pathlib import Path
@@ -126,6 +127,22 @@ def text_of(notebook):
 def size_of(image):
     assert image.startswith(b"\x89PNG\r\n")
     return struct.unpack(">II", image[16:24])
+
+
+def test_prefers_parquet_and_then_reads_no_pickle(execute, tmp_path):
+    """What a pickle would run does not, where a Parquet file of its name is there."""
+    import extract_excitations
+
+    write_excitations(tmp_path / "some.pkl", ["loud" if tag == "ex" else tag for tag in TAGS[:2]])
+    table = pd.read_pickle(tmp_path / "some.pkl")
+    extract_excitations.write(tmp_path / "some.parquet", table)
+    ran = tmp_path / "ran"
+    (tmp_path / "some.pkl").write_bytes(b"cbuiltins\nopen\n(V%s\nVw\ntR." % str(ran).encode())
+    notebook = execute(EXCITATIONS=tmp_path / "some.pkl")
+    assert "some.parquet: clips 24, tags 2, depths 9" in text_of(notebook)
+    assert not ran.exists()
+    pickle.loads((tmp_path / "some.pkl").read_bytes()).close()
+    assert ran.exists(), "the pickle would have told"
 
 
 def test_runs_on_any_tags(execute, tmp_path):

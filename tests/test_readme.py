@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = ("README.md", "docs/contributing.md")
-# What a block may need that a checkout with the demo lacks: the real dataset, or the network.
-NEEDS = {"magnatagatune", "download"}
+# What a block may need that a checkout with the demo lacks: the real dataset, one's own, or the
+# network.
+NEEDS = {"magnatagatune", "own_data", "download"}
 PROGRAMS = {"cat", "curl", "jupyter", "make", "mkdir", "mv", "python", "python3", "unzip", "."}
 # The slow test runs the demo's commands on fewer clips, a narrower network and one epoch a stage.
 # These are its only changes; each must occur in the README.
@@ -94,7 +95,7 @@ def test_the_readme_has_commands_of_every_stage():
     scripts = {words[1] for words in shell_commands("README.md") if is_script(words)}
     assert scripts == {
         "make_demo_dataset.py", "build_mtt.py", "train.py", "eval.py", "extract_excitations.py",
-        "checkpoints.py",
+        "tag.py", "checkpoints.py",
     }  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """train.py: the arithmetic of a step, the stages, what they leave, and going on after an end."""
 
+import contextlib
 import csv
+import errno
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import checkpoints
@@ -18,6 +21,7 @@ from input_data import open_dataset
 from model import NetworkConfig, build_network
 from train import Options, StageState, compile_trainer
 
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -62,7 +66,47 @@ def trained(tiny_dataset, tmp_path_factory):
     return train_dir
 
 
+ONE_STAGE = ("--num-lr-decays", 1, "--max-epochs", 2)
 TWO_STAGES = ("--num-lr-decays", 2, "--max-epochs", 2, "--lr", 0.05, "--seed", 3)
+
+
+def test_picture_of_all_stages(trained, tmp_path):
+    picture = matplotlib.image.imread(trained / "training.png")
+    assert picture.shape == (520, 830, 4)
+    assert picture.std() > 0.01  # not blank
+    # It is drawn from training.csv alone: the same again, and another of one stage or of new rows.
+    train_dir = Path(shutil.copytree(trained, tmp_path / "log"))
+    drawn = (train_dir / "training.png").read_bytes()
+    assert train.plot_training(train_dir) == train_dir / "training.png"
+    assert (train_dir / "training.png").read_bytes() == drawn
+    shutil.rmtree(train_dir / "1")
+    train.plot_training(train_dir)
+    of_one_stage = (train_dir / "training.png").read_bytes()
+    assert of_one_stage != drawn
+    rows = (train_dir / "0" / "training.csv").read_text().splitlines()
+    (train_dir / "0" / "training.csv").write_text("\n".join(rows[:-1]) + "\n")
+    train.plot_training(train_dir)
+    assert (train_dir / "training.png").read_bytes() not in (drawn, of_one_stage)
+
+
+def test_picture_that_cannot_be_drawn_does_not_end_training(tiny_dataset, tmp_path, capsys):
+    train_dir = tmp_path / "log"
+    (train_dir / "training.png").mkdir(parents=True)  # a folder stands in its way
+    assert train.main(arguments(tiny_dataset, train_dir, *ONE_STAGE)) == 0
+    assert len(history_of(train_dir / "0")) == 2
+    assert capsys.readouterr().err.count(f"{train_dir / 'training.png'}: not drawn: ") == 2
+
+
+def test_picture_is_kept_current(tiny_dataset, tmp_path, monkeypatch):
+    """After every epoch it shows all rows there are."""
+    drawn = []
+
+    def plot(path, histories):
+        drawn.append({stage: len(rows) for stage, rows in histories.items()})
+
+    monkeypatch.setattr(train.figures, "plot_training", plot)
+    assert train.main(arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)) == 0
+    assert drawn == [{0: 1}, {0: 2}, {0: 2, 1: 1}, {0: 2, 1: 2}]
 
 
 # --- The arithmetic ------------------------------------------------------------------------------
@@ -162,7 +206,7 @@ def test_stage_state(losses, patience, max_epochs, improved, finished_at):
 
 
 def test_files_and_history(trained):
-    assert names_in(trained) == ["0", "1"]
+    assert names_in(trained) == ["0", "1", "training.png"]
     for stage in (0, 1):
         rows = history_of(trained / str(stage))
         assert [row["epoch"] for row in rows] == [0, 1]
@@ -482,6 +526,88 @@ def test_a_run_ended_by_sigterm_goes_on_to_the_same_weights(
     assert train.main(options) == 0
     assert "stage 0: learning rate 0.05, from epoch 1\n" in capsys.readouterr().err
     assert_same_runs(tmp_path / "log", trained)
+
+
+@pytest.mark.parametrize("failing", ["ckpt-e001", "resume.keras", "training.csv"])
+def test_a_write_that_fails_loses_nothing(
+    tiny_dataset, trained, tmp_path, capsys, monkeypatch, failing
+):
+    """In the second epoch, the best one, no space is left for one of its files."""
+    log = tmp_path / "log" / "0"
+    options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
+    rename = os.replace
+
+    def replace(source, target):
+        target = Path(target)
+        is_second = target.name.startswith("ckpt-e001") or target.exists()
+        if target.name.startswith(failing) and is_second:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        assert train.main(options) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {log / failing}" in last and last.endswith(": No space left on device")
+    earlier = find_best(trained / "0")
+    assert find_best(log).name.startswith("ckpt-e00")
+    for path in log.glob("*.keras"):
+        checkpoints.load(path)
+        if path.name.startswith("ckpt"):
+            assert_same_weights(path, trained / "0" / path.name)
+    assert not [path for path in log.iterdir() if ".tmp" in path.name]
+    assert train.main(options) == 0
+    assert find_best(log).name == earlier.name
+    assert_same_runs(tmp_path / "log", trained)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(tiny_dataset, trained, small_disk):
+    options = arguments(tiny_dataset, small_disk / "log", *TWO_STAGES)
+    run = Run(*options)
+    run.read_until("stage 0 epoch 0: loss")
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb") as file:
+        while True:
+            file.write(bytes(4096))
+    assert run.end() == 1
+    assert "Traceback" not in run.talk
+    assert "No space left on device" in run.talk.splitlines()[-1]
+    log = small_disk / "log" / "0"
+    best = find_best(log)
+    assert_same_weights(best, trained / "0" / best.name)
+    checkpoints.load(log / "resume.keras")
+    (small_disk / "filler").unlink()
+    run = Run(*options)
+    assert run.end() == 0, run.talk
+    assert_same_runs(small_disk / "log", trained)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_go_on_to_the_same_weights(tiny_dataset, trained, tmp_path):
+    """The environment variable TRAINING_KILLS says how many times."""
+    options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
+    random = np.random.default_rng(0)
+    ends = Counter()
+    for number in range(int(os.environ.get("TRAINING_KILLS", "8"))):
+        if number % 4 == 0:
+            shutil.rmtree(tmp_path / "log", ignore_errors=True)
+        run = Run(*options)
+        run.read_until("TensorFlow backend on")
+        time.sleep(random.uniform(0, 6))
+        name = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT")[number % 4]
+        status = run.end(signal.Signals[name])
+        ends[name if status else "too late"] += 1
+        assert status in (0, {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name]), run.talk
+        for path in (tmp_path / "log").rglob("*.keras"):
+            if not path.name.startswith("."):
+                checkpoints.load(path)
+        for stage in ("0", "1"):
+            for path in (tmp_path / "log" / stage).glob("ckpt-*"):
+                assert_same_weights(path, trained / stage / path.name)
+        if number % 4 == 3:
+            assert train.main(options) == 0
+            assert_same_runs(tmp_path / "log", trained)
+    print(dict(ends))  # shown by pytest -rP
 
 
 @pytest.mark.slow

@@ -1,0 +1,261 @@
+"""Pictures of scores and of training, 830 pixels wide.
+
+Figures are drawn without pyplot, so that nothing of a screen or a thread is needed.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from evaluation import CONFIDENCE, Resamples, Scores, interval
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# A picture of 830 pixels, in inches of 100.
+_WIDTH = 8.3
+_DPI = 100
+# Okabe and Ito's colours, told apart with any colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = "oDs^vP"
+_GREY = "0.85"
+# Below this many positive clips resamples are too alike for their interval to be trusted.
+_FEW_POSITIVES = 10
+
+
+def plot_training(
+    path: str | Path | BinaryIO, histories: dict[int, list[dict[str, float]]]
+) -> None:
+    """Draw losses and validation scores over the epochs of all stages.
+
+    Parameters
+    ----------
+    path : str or Path or binary file
+        Picture to write.
+    histories : dict of int to list of dict
+        Rows of each stage's ``training.csv``, stages in order; each has one row or more.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    rows = [row for history in histories.values() for row in history]
+    epochs = np.arange(1, len(rows) + 1)
+    figure = Figure(figsize=(_WIDTH, 5.2), dpi=_DPI, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for axes, lines in (
+        (top, (("loss", "training", 1, "s--"), ("val_loss", "validation", 0, "o-"))),
+        (bottom, (("val_roc_auc", "ROC AUC", 0, "o-"), ("val_pr_auc", "PR AUC", 2, "D-"))),
+    ):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=_GREY, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for column, name, colour, style in lines:
+            # A line a stage: between stages weights go back to the best epoch.
+            start = 0
+            for number, history in enumerate(histories.values()):
+                values = [row[column] for row in history]
+                axes.plot(
+                    epochs[start : start + len(values)], values, style, color=_COLOURS[colour],
+                    markersize=4, linewidth=1.5, label=name if number == 0 else None,
+                )  # fmt: skip
+                start += len(values)
+    start = 0
+    for stage, history in histories.items():
+        best = start + int(np.argmin([row["val_loss"] for row in history]))
+        top.plot(
+            epochs[best], rows[best]["val_loss"], "o", markersize=11, fillstyle="none",
+            color="black", label="best of its stage" if start == 0 else None,
+        )  # fmt: skip
+        if start:
+            for axes in (top, bottom):
+                axes.axvline(start + 0.5, color="0.4", linestyle=":", linewidth=1)
+        rate = history[0]["learning_rate"]
+        top.annotate(
+            f"stage {stage}\nlr {rate:.2g}", (start + 0.5, 1), (4, 2),
+            xycoords=("data", "axes fraction"), textcoords="offset points", fontsize="small",
+        )  # fmt: skip
+        start += len(history)
+    top.set_ylabel("loss (binary cross-entropy)")
+    bottom.set_ylabel("validation score")
+    bottom.set_xlabel("epochs since the start of training")
+    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.set_xlim(0.5, len(rows) + 0.5)
+    top.legend(frameon=False, fontsize="small")
+    bottom.legend(frameon=False, fontsize="small")
+    figure.savefig(path, format="png")
+
+
+def _tag_rows(tags: tuple[str, ...], positives: np.ndarray, order: np.ndarray) -> list[str]:
+    return [f"{tags[tag]} ({positives[tag]})".replace("$", r"\$") for tag in order]
+
+
+def _draw_rows(num_rows: int, row_height: float, width_ratios: Sequence[float]):
+    """Make a figure of two panels side by side, with a row a tag that both share."""
+    from matplotlib.figure import Figure
+
+    height = max(2.6, 1.4 + row_height * num_rows)
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=width_ratios)
+    for axes in panels:
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.hlines(np.arange(num_rows), 0, 1, color=_GREY, linewidth=0.6, zorder=0,
+                    transform=axes.get_yaxis_transform())  # fmt: skip
+    panels[0].set_ylim(-0.8, max(num_rows, 1) - 0.2)
+    return figure, panels
+
+
+def _draw_intervals(
+    axes: "Axes",
+    rows: np.ndarray,
+    values: np.ndarray,
+    ends: tuple[np.ndarray, np.ndarray],
+    is_filled: np.ndarray,
+    model: int,
+) -> None:
+    """Draw a value a row with its interval; hollow where it is not to be trusted."""
+    colour = _COLOURS[model % len(_COLOURS)]
+    axes.hlines(rows, *ends, color=colour, linewidth=1.6, alpha=0.55)
+    faces = [colour if filled else "white" for filled in is_filled]
+    axes.scatter(
+        values, rows, s=22, marker=_MARKERS[model % len(_MARKERS)], c=faces, edgecolors=colour,
+        linewidths=1.1, zorder=3, clip_on=False,
+    )  # fmt: skip
+
+
+def plot_tags(
+    path: str | Path, tags: tuple[str, ...], num_clips: int, scores: Scores, resamples: Resamples
+) -> None:
+    """Draw each tag's scores with their intervals, the best on top.
+
+    Parameters
+    ----------
+    path : str or Path
+        Picture to write.
+    tags : tuple of str
+        In model order.
+    num_clips : int
+        Test clips.
+    scores, resamples
+        Of the model, and of resamples of the clips.
+    """
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
+
+    known = np.flatnonzero(~np.isnan(scores.roc_auc))
+    order = known[np.argsort(scores.roc_auc[known], kind="stable")]
+    rows = np.arange(len(order))
+    figure, (left, right) = _draw_rows(len(order), 0.19, (1, 1))
+    is_filled = scores.positives[order] >= _FEW_POSITIVES
+    lowest = 0.5
+    for axes, values, drawn, macro, name in (
+        (left, scores.roc_auc, resamples.roc_auc, scores.macro_roc_auc, "ROC AUC"),
+        (right, scores.pr_auc, resamples.pr_auc, scores.macro_pr_auc, "PR AUC"),
+    ):
+        ends = interval(drawn[:, order])
+        if axes is left and len(order):
+            lowest = min(0.5, np.nanmin(ends[0]))
+        _draw_intervals(axes, rows, values[order], ends, is_filled, model=0)
+        if not math.isnan(macro):
+            axes.axvline(macro, color="black", linewidth=1, zorder=1)
+        axes.set_xlabel(f"{name} (mean {macro:.4f})")
+    left.axvline(0.5, color="0.4", linestyle=":", linewidth=1)
+    left.set_xlim(lowest - 0.01, 1.005)
+    right.set_xlim(0, 1.01)
+    right.scatter(
+        scores.positives[order] / num_clips, rows, marker="|", color="0.4", s=30, linewidths=1
+    )
+    left.set_yticks(rows, _tag_rows(tags, scores.positives, order), fontsize=8)
+    left.set_ylabel(f"tag (positive clips of {num_clips:,})")
+    marker = {"marker": "o", "color": _COLOURS[0], "linewidth": 1.6, "markersize": 5}
+    handles = [
+        Line2D([], [], **marker),
+        Line2D([], [], **marker | {"markerfacecolor": "white"}),
+        Line2D([], [], color="black", linewidth=1),
+        (
+            Line2D([], [], color="0.4", linestyle=":", linewidth=1),
+            Line2D([], [], color="0.4", linestyle="", marker="|", markersize=6),
+        ),
+    ]
+    names = [
+        f"tag, {100 * CONFIDENCE:g} % interval",
+        f"under {_FEW_POSITIVES} positive clips: interval unreliable",
+        "mean over tags",
+        "chance",
+    ]
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=4, frameon=False, fontsize="small",
+        handler_map={tuple: HandlerTuple(ndivide=None)},
+    )  # fmt: skip
+    figure.savefig(path)
+
+
+def plot_comparison(
+    path: str | Path,
+    tags: tuple[str, ...],
+    names: Sequence[str],
+    scores: Sequence[Scores],
+    resamples: Sequence[Resamples],
+) -> None:
+    """Draw models' ROC AUC tag by tag, and their differences from the first with intervals.
+
+    Parameters
+    ----------
+    path : str or Path
+        Picture to write.
+    tags : tuple of str
+        In model order.
+    names, scores, resamples
+        Of each model; resamples of the same clips.
+    """
+    from matplotlib.lines import Line2D
+
+    known = np.flatnonzero(~np.isnan(scores[0].roc_auc))
+    last = scores[-1].roc_auc - scores[0].roc_auc
+    order = known[np.argsort(last[known], kind="stable")]
+    rows = np.arange(len(order))
+    num_models = len(names)
+    figure, (left, right) = _draw_rows(len(order), 0.07 + 0.06 * num_models, (1, 1.2))
+    is_filled = scores[0].positives[order] >= _FEW_POSITIVES
+    values = np.stack([its.roc_auc[order] for its in scores])  # (num_models, num_rows)
+    if len(order):
+        left.hlines(rows, values.min(axis=0), values.max(axis=0), color="0.6", linewidth=1)
+        left.set_xlim(
+            math.floor(10 * values.min()) / 10 - 0.01, math.ceil(10 * values.max()) / 10 + 0.005
+        )
+    for model in range(num_models):
+        nothing = values[model], values[model]
+        _draw_intervals(left, rows, values[model], nothing, is_filled, model)
+        if model == 0:
+            continue
+        # Several models share a row: one under the other.
+        shift = 0.8 * ((num_models / 2 - model) / (num_models - 1))
+        ends = interval(resamples[model].roc_auc[:, order] - resamples[0].roc_auc[:, order])
+        _draw_intervals(right, rows + shift, values[model] - values[0], ends, is_filled, model)
+    right.axvline(0, color="0.4", linewidth=1)
+    left.set_yticks(rows, _tag_rows(tags, scores[0].positives, order), fontsize=8)
+    left.set_ylabel("tag (positive clips)")
+    left.set_xlabel("ROC AUC")
+    right.set_xlabel(
+        f"ROC AUC above that of {names[0]}, with {100 * CONFIDENCE:g} % interval\n"
+        f"(hollow: under {_FEW_POSITIVES} positive clips, interval unreliable)"
+    )
+    if num_models == 2:
+        low, high = interval(resamples[1].macro_roc_auc - resamples[0].macro_roc_auc)
+        mean = scores[1].macro_roc_auc - scores[0].macro_roc_auc
+        right.set_title(f"mean {mean:+.4f} ({low:+.4f} to {high:+.4f})", fontsize="medium")
+    handles = [
+        Line2D([], [], linestyle="", marker=_MARKERS[model % len(_MARKERS)],
+               color=_COLOURS[model % len(_COLOURS)])
+        for model in range(num_models)
+    ]  # fmt: skip
+    labels = [
+        f"{name} (mean {its.macro_roc_auc:.4f})" for name, its in zip(names, scores, strict=True)
+    ]
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(num_models, 3), frameon=False
+    )
+    figure.savefig(path)

@@ -1,0 +1,353 @@
+"""Read many damaged model files or shards, and count how each ends.
+
+    python tests/fuzz.py checkpoints --count 2000
+    python tests/fuzz.py shards --count 500 --seed 1
+
+Each mutation, drawn by its number and the seed alone, must end in a result or in an error of ours,
+within the limits below. One that ends the reading process is named, and the count goes on with the
+next. The last line, on standard output, is the summary as JSON.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+GOLDEN = Path(__file__).parent / "golden"
+MAX_SECONDS = 20  # a mutation, on a busy machine too
+MUTANTS_A_PROCESS = 250  # Keras keeps something of every network that was built
+MAX_BYTES = 1 << 30  # that reading may add to what the process holds once its libraries are loaded
+
+
+# --- Mutations -----------------------------------------------------------------------------------
+
+
+def mutate_bytes(content: bytes, draw: random.Random, hot_ends: bool = True) -> bytes:
+    """Change bytes, integers or ranges, or cut; half of it where files say what they hold."""
+    changed = bytearray(content)
+
+    def place() -> int:
+        if not changed:
+            return 0
+        where = draw.random()
+        if hot_ends and where < 0.4:
+            return draw.randrange(min(4096, len(changed)))
+        if hot_ends and where < 0.5:
+            return len(changed) - 1 - draw.randrange(min(1024, len(changed)))
+        return draw.randrange(len(changed))
+
+    for _ in range(draw.choice((1, 1, 2, 4, 16, 64))):
+        at = place()
+        kind = draw.random()
+        if kind < 0.5:
+            changed[at : at + 1] = bytes([draw.choice((0, 1, 127, 255, draw.randrange(256)))])
+        elif kind < 0.65 and changed:
+            changed[at] ^= 1 << draw.randrange(8)
+        elif kind < 0.8:
+            width = draw.choice((2, 4, 8))
+            value = draw.choice(
+                (0, 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1, 2**14, len(changed))
+            )
+            changed[at : at + width] = (value % 2 ** (8 * width)).to_bytes(width, "little")
+        elif kind < 0.9:
+            source, length = place(), draw.randrange(1, 257)
+            changed[at : at + length] = changed[source : source + length]
+        elif kind < 0.95:
+            del changed[at : at + draw.choice((1, 4, 8, 512))]
+        elif kind < 0.98:
+            changed[at:at] = draw.randbytes(draw.choice((1, 4, 8, 512)))
+        else:
+            del changed[at:]
+    return bytes(changed)
+
+
+_ODD_VALUES = (
+    None, True, 0, -1, 1e308, float("nan"), float("inf"), 2**70, "", "x" * 5000, "../../etc/passwd",
+    [], {}, [[]] * 50, {"class_name": "Lambda"}, "\0", "se",
+)  # fmt: skip
+
+
+def mutate_json(content: bytes, draw: random.Random) -> bytes:
+    """Replace values or keys anywhere in a JSON document."""
+    document = json.loads(content)
+    for _ in range(draw.choice((1, 1, 2, 5))):
+        owner, key = None, None
+        at = document
+        while isinstance(at, dict | list) and at and (owner is None or draw.random() < 0.8):
+            owner, key = at, draw.choice(list(at) if isinstance(at, dict) else range(len(at)))
+            at = owner[key]
+        if owner is None:
+            return json.dumps(draw.choice(_ODD_VALUES)).encode()
+        if isinstance(owner, dict) and draw.random() < 0.25:
+            value = owner.pop(key)
+            if draw.random() < 0.5:
+                owner[draw.choice(("", "format", "x", "network", "tags"))] = value
+        else:
+            owner[key] = draw.choice(_ODD_VALUES)
+    return json.dumps(document).encode()
+
+
+def mutate_keras(content: bytes, draw: random.Random) -> bytes:
+    """Damage an archive, or what a sound archive holds."""
+    if draw.random() < 0.3:
+        return mutate_bytes(content, draw)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = draw.choice(("model.weights.h5", "model.weights.h5", "network.json"))
+    if name == "network.json" and draw.random() < 0.8:
+        members[name] = mutate_json(members[name], draw)
+    else:
+        members[name] = mutate_bytes(members[name], draw)
+    packed = io.BytesIO()
+    how = draw.choice((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,))
+    with zipfile.ZipFile(packed, "w", how) as archive:
+        for member, value in members.items():
+            archive.writestr(
+                draw.choice(("../", "/")) + member if draw.random() < 0.02 else member, value
+            )
+    return packed.getvalue()
+
+
+def mutate_shard(content: bytes, draw: random.Random) -> bytes:
+    """Damage a shard, or the records under sound checksums."""
+    from input_data import index_records, write_records
+
+    if draw.random() < 0.4:
+        return mutate_bytes(content, draw)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard"
+        path.write_bytes(content)
+        records = [content[start : start + length] for start, length in index_records(path)]
+        for _ in range(draw.choice((1, 1, 3))):
+            place = draw.randrange(len(records))
+            what = draw.random()
+            if what < 0.7:
+                records[place] = mutate_bytes(records[place], draw)
+            elif what < 0.8:
+                records[place] = draw.randbytes(draw.choice((0, 1, 100)))
+            elif what < 0.9 and len(records) > 1:
+                del records[place]
+            else:
+                records.insert(place, draw.choice(records))
+        write_records(path, records)
+        return path.read_bytes()
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def checkpoint_cases(folder: Path):
+    """Give the originals, and how one is mutated and read."""
+    from annotations import MTT_TOP_TAGS
+    from checkpoints import Checkpoint, load, save
+    from model import BLOCKS, NetworkConfig, build_network
+
+    import keras
+
+    originals = sorted((GOLDEN / "checkpoints").glob("*.hdf5"))
+    for block in BLOCKS:
+        config = NetworkConfig(block=block, init_features=3, alpha=2)
+        checkpoint = Checkpoint(build_network(config), config, MTT_TOP_TAGS)
+        originals.append(folder / f"{block}.keras")
+        save(originals[-1], checkpoint)
+    originals.append(folder / "se.h5")
+    load(folder / "se.keras").network.save(originals[-1])
+
+    def read(original: Path, draw: random.Random) -> None:
+        mutate = mutate_keras if original.suffix == ".keras" else mutate_bytes
+        mutant = folder / f"mutant{original.suffix}"
+        mutant.write_bytes(mutate(original.read_bytes(), draw))
+        try:
+            load(mutant)
+        finally:
+            keras.backend.clear_session()
+
+    return originals, read
+
+
+def shard_cases(folder: Path):
+    """Give the originals, and how one is mutated and read: alone, as a dataset, and at random."""
+    import input_data
+    from input_data import SegmentReader, open_dataset, read_clips
+
+    originals = [*sorted((GOLDEN / "tfrecord").glob("*.tfrecord")), Path("manifest.json")]
+    names = [path.name for path in originals[:-1]]
+    for name in names:
+        (folder / name).mkdir()
+    described = open_dataset(GOLDEN)
+    shards = {"train": [], "val": [], "test": []}
+    for path in originals[:-1]:
+        num_records = len(input_data.index_records(path))
+        shards[path.name.split("-")[0]].append(
+            {"name": path.name, "clips": 1, "segments": num_records, "bytes": path.stat().st_size}
+        )
+    manifest = {
+        "format": 1,
+        "tags": list(described.tags),
+        "sample_rate": 22050,
+        "num_samples": 59049,
+        "splits": {
+            split: {"clips": len(found), "segments": 10 * len(found), "shards": found}
+            for split, found in shards.items()
+        },
+        "skipped": [],
+    }
+
+    def read(original: Path, draw: random.Random) -> None:
+        data_dir = folder / "dataset"
+        shutil.rmtree(data_dir, ignore_errors=True)
+        shutil.copytree(GOLDEN / "tfrecord", data_dir / "tfrecord")
+        if original.name == "manifest.json":
+            mutate = mutate_json if draw.random() < 0.8 else mutate_bytes
+            content = mutate(json.dumps(manifest).encode(), draw)
+            (data_dir / "tfrecord" / original.name).write_bytes(content)
+        else:
+            path = data_dir / "tfrecord" / original.name
+            path.write_bytes(mutate_shard(original.read_bytes(), draw))
+        dataset = open_dataset(data_dir)
+        for split in dataset.splits.values():
+            for clip in read_clips(split.shards, dataset.num_samples, len(dataset.tags)):
+                assert clip.segments.shape[1] == dataset.num_samples
+        reader = SegmentReader(dataset, "train", num_threads=1)
+        try:
+            for first in range(reader.num_segments):
+                reader.read([first])
+        finally:
+            reader.close()
+
+    return originals, read
+
+
+CASES = {"checkpoints": checkpoint_cases, "shards": shard_cases}
+
+
+def read_mutants(what: str, numbers: range, seed: int) -> None:
+    """Read mutants in turn, saying before each what it is and after it how it ended."""
+    from errors import ToolkitError
+
+    with tempfile.TemporaryDirectory() as folder:
+        originals, read = CASES[what](Path(folder))
+        held = _bytes_held("VmSize")
+        resource.setrlimit(resource.RLIMIT_AS, (held + 2 * MAX_BYTES,) * 2)
+        resident = _bytes_held("VmHWM")
+        # Where the library loops, no handler of Python's would be called: the process ends.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        for number in numbers:
+            original = originals[number % len(originals)]
+            print(json.dumps({"number": number, "of": original.name}), flush=True)
+            signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+            started = time.monotonic()
+            end = {"end": "result"}
+            try:
+                read(original, random.Random(f"{seed}/{number}"))
+            except ToolkitError as error:
+                end = {"end": "refused", "message": str(error)[:300]}
+                if not str(error) or "\n" in str(error):
+                    end = {"end": "failed", "message": f"not one line: {error!r}"[:500]}
+            except Exception as error:
+                end = {"end": "failed", "message": f"{type(error).__name__}: {error}"[:500]}
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            end["seconds"] = time.monotonic() - started
+            end["bytes"] = max(0, _bytes_held("VmHWM") - resident)
+            if end["bytes"] > MAX_BYTES:
+                end |= {"end": "failed", "message": f"took {end['bytes']} bytes"}
+            print(json.dumps(end), flush=True)
+
+
+def _bytes_held(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def fuzz(what: str, count: int, seed: int) -> dict:
+    """Read mutants in processes of their own, and sum up how they ended.
+
+    Parameters
+    ----------
+    what : {'checkpoints', 'shards'}
+        What to mutate.
+    count : int
+        How many mutants.
+    seed : int
+        Of all of them.
+
+    Returns
+    -------
+    dict
+        Mutants ``tried``, ``result``, ``refused``, ``failed``; the ``failures``, by number; the
+        most ``seconds`` and ``bytes`` that one took.
+    """
+    ends = Counter()
+    failures, seconds, num_bytes = [], 0.0, 0
+    number = 0
+    while number < count:
+        command = [sys.executable, __file__, what, "--seed", str(seed)]
+        command += ["--count", str(count), "--read-from", str(number)]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        begun = None
+        for line in process.stdout:
+            said = json.loads(line)
+            if "number" in said:
+                begun = said
+                continue
+            ends[said["end"]] += 1
+            number = begun["number"] + 1
+            seconds, num_bytes = max(seconds, said["seconds"]), max(num_bytes, said["bytes"])
+            if said["end"] == "failed":
+                failures.append(begun | {"message": said["message"]})
+            begun = None
+        stderr = process.stderr.read()
+        status = process.wait()
+        if begun is None and status == 0:
+            continue
+        if begun is None:
+            raise RuntimeError(f"the reading process ended with {status}: {stderr[-2000:]}")
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        failures.append(begun | {"message": f"ended the process: {how}"})
+        ends["failed"] += 1
+        number = begun["number"] + 1
+    return {
+        "what": what, "seed": seed, "tried": sum(ends.values()), "result": ends["result"],
+        "refused": ends["refused"], "failed": ends["failed"], "failures": failures,
+        "seconds": round(seconds, 2), "bytes": num_bytes,
+    }  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=CASES, help="what to damage")
+    parser.add_argument(
+        "--count", metavar="N", type=int, default=100, help="how many (default: 100)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed (default: 0)")
+    parser.add_argument("--read-from", metavar="N", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.read_from is not None:
+        end = min(arguments.read_from + MUTANTS_A_PROCESS, arguments.count)
+        read_mutants(arguments.what, range(arguments.read_from, end), arguments.seed)
+        return 0
+    summary = fuzz(arguments.what, arguments.count, arguments.seed)
+    print(json.dumps(summary, indent=1))
+    return 1 if summary["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""Tables of one's own, from the file to the shards; what they may look like; what is refused."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import build_mtt
+from annotations import MTT_TOP_TAGS, SPLITS, read_mtt
+from errors import AnnotationsError, ToolkitError, UsageError
+from input_data import open_dataset, read_clips
+from tables import SPLIT_SHARES, TableForm, draw_splits, read_tables
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import encode_audio, synthesise, write_annotations
+from hypothesis import given
+from hypothesis import strategies as st
+
+# Half-second segments of quick clips.
+OPTIONS = ["--sample-rate", "8000", "--num-samples", "4000", "--num-workers", "1"]
+# Path, artist and tags of the files that the tests build shards from.
+SONGS = [
+    ("nina/sunrise.mp3", "Nina", ("folk", "guitar")),
+    ("nina/sunset.flac", "Nina", ("folk",)),
+    ("otis/stomp.wav", "Otis", ("blues", "guitar", "loud")),
+    ("otis/walk.mp3", "Otis", ("blues",)),
+    ("rita/waltz.mp3", "Rita", ("guitar",)),
+    ("rita/tango, slow.mp3", "Rita", ("loud", "guitar")),
+    ("sol/ü ö.mp3", "Sol", ("folk", "blues")),
+]
+TAGS = ("loud", "blues", "folk", "guitar")  # 2, 3, 3 and 4 clips; ties by name
+
+
+@pytest.fixture(scope="session")
+def songs(tmp_path_factory):
+    """A folder of music, in three formats and four folders."""
+    folder = tmp_path_factory.mktemp("songs")
+    for number, (path, _, tags) in enumerate(SONGS):
+        (folder / path).parent.mkdir(exist_ok=True)
+        samples = synthesise(1.1, tags=[TAGS.index(tag) for tag in tags], seed=number)
+        codec = {"mp3": "libmp3lame", "flac": "flac", "wav": "pcm_s16le"}[path.rpartition(".")[2]]
+        encode_audio(folder / path, samples, codec=codec, bit_rate=32000 * (codec[0] == "l"))
+    return folder
+
+
+def write(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def quoted(*fields):
+    return ",".join(f'"{field}"' for field in fields)
+
+
+def as_columns(folder):
+    """A CSV with columns of 0 and 1, and some that are no tags."""
+    rows = [
+        quoted(artist, path, *(int(tag in tags) for tag in TAGS), 1999 + number, "")
+        for number, (path, artist, tags) in enumerate(SONGS)
+    ]
+    header = quoted("Artist", "File", *TAGS, "year", "comment")
+    return [write(folder / "columns.csv", header, *rows)], ["--split-by", "Artist"]
+
+
+def as_lists(folder):
+    """A TSV with lists in a column, between semicolons."""
+    rows = ["\t".join((path, "; ".join(tags), artist)) for path, artist, tags in SONGS]
+    options = ["--tags-column", "genres", "--tags-delimiter", ";", "--split-by", "folder"]
+    return [write(folder / "lists.tsv", "path\tgenres\tartist", *rows)], options
+
+
+def as_jamendo(folder):
+    """MTG-Jamendo's three tables: each tag in a column of its own, to the end of the row."""
+    written = {split: [] for split in ("train", "validation", "test")}
+    for number, (path, artist, tags) in enumerate(SONGS):
+        row = [f"track_{number:07}", f"artist_{artist}", "album_1", path, "124.6", *tags]
+        written[("train", "train", "validation", "test")[number % 4]].append("\t".join(row))
+    header = "TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS"
+    paths = [
+        write(folder / f"autotagging_top50tags-{split}.tsv", header, *rows)
+        for split, rows in written.items()
+    ]
+    return paths, []
+
+
+def as_one_with_splits(folder):
+    """A table between semicolons whose column says the split."""
+    words = ("train", "TRAIN", "valid", "test")
+    rows = [
+        f"{path};{','.join(tags)};{words[number % 4]}"
+        for number, (path, _, tags) in enumerate(SONGS)
+    ]
+    return [write(folder / "s.csv", "Path;Tags;Part", *rows)], ["--split-column", "Part"]
+
+
+@pytest.mark.parametrize("form", [as_columns, as_lists, as_jamendo, as_one_with_splits])
+def test_from_a_table_to_shards(songs, tmp_path, capsys, form):
+    tables, options = form(tmp_path)
+    data_dir = tmp_path / "new" / "mine"
+    command = ["--data-dir", str(data_dir), "--annotations", *map(str, tables)]
+    command += ["--audio-dir", str(songs), *OPTIONS, *options]
+    assert build_mtt.main(command) == 0, capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "7 of 7 clips carry one or more of the 4 most frequent of 4 tags" in said.err
+
+    dataset = open_dataset(data_dir)
+    assert dataset.tags == TAGS
+    found = {}
+    for split, described in dataset.splits.items():
+        for clip in read_clips(described.shards, dataset.num_samples):
+            assert clip.segments.shape == (2, 4000)
+            tags = {tag for tag, label in zip(TAGS, clip.labels, strict=True) if label}
+            found[clip.mp3_path] = (split, tags)
+            assert clip.clip_id == clip.mp3_path
+    assert {path: tags for path, (_, tags) in found.items()} == {
+        path: set(tags) for path, _, tags in SONGS
+    }
+    splits = [found[path][0] for path, _, _ in SONGS]
+    if form in (as_columns, as_lists):
+        assert (
+            len({(artist, split) for (_, artist, _), split in zip(SONGS, splits, strict=True)}) == 4
+        )
+        assert set(splits) == set(SPLITS)
+    else:
+        assert splits == ["train", "train", "val", "test", "train", "train", "val"]
+
+    # The same command again finds all done; other options or tables are refused.
+    before = {path: path.stat().st_mtime_ns for path in (data_dir / "tfrecord").glob("*.tfrecord")}
+    assert build_mtt.main(command) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    capsys.readouterr()
+    assert build_mtt.main([*command, "--num-tags", "3"]) == 1
+    assert "--num-tags was 50, now 3" in capsys.readouterr().err
+    if form is as_columns:
+        assert build_mtt.main([*command, "--split-seed", "1"]) == 1
+        assert "--split-seed was 0, now 1" in capsys.readouterr().err
+    other = shutil.copytree(songs, tmp_path / "other")
+    assert build_mtt.main([*command, "--audio-dir", str(other)]) == 1
+    assert "--audio-dir was " in capsys.readouterr().err
+    tables[0].write_text(tables[0].read_text(encoding="utf-8").replace("folk", "fado"))
+    assert build_mtt.main(command) == 1
+    assert " has changed since" in capsys.readouterr().err
+
+
+def test_audio_of_another_suffix(songs, tmp_path, capsys):
+    audio = shutil.copytree(songs, tmp_path / "audio")
+    for path in list(audio.glob("*/*.*")):
+        path.rename(path.with_suffix(".low.mp3"))
+    tables, options = as_jamendo(tmp_path)
+    command = ["--data-dir", str(tmp_path / "mine"), "--annotations", *map(str, tables), *OPTIONS]
+    command += ["--audio-dir", str(audio), *options]
+    assert build_mtt.main(command) == 1
+    assert "none of the 7 clips is here" in capsys.readouterr().err
+    assert build_mtt.main([*command, "--audio-suffix", ".low.mp3"]) == 0
+    manifest = json.loads((tmp_path / "mine" / "tfrecord" / "manifest.json").read_text())
+    assert manifest["skipped"] == []
+    assert manifest["options"]["audio_suffix"] == ".low.mp3"
+    assert sum(split["clips"] for split in manifest["splits"].values()) == 7
+
+
+def test_paths_of_magnatagatune_are_still_read_as_its_own(golden):
+    path = golden / "annotations" / "small.csv"
+    clips, tags, found = read_tables([path])
+    expected, expected_tags = read_mtt(path)
+    pd.testing.assert_frame_equal(clips, expected)
+    assert tags == expected_tags == MTT_TOP_TAGS
+    assert found == [f"{path}: read as MagnaTagATune's"]
+    # Split otherwise, tags and their order are the same.
+    clips, tags, _ = read_tables([path], form=TableForm(split_by="folder"))
+    assert tags == MTT_TOP_TAGS
+    pd.testing.assert_frame_equal(clips.drop(columns="split"), expected.drop(columns="split"))
+
+
+# --- What a table may look like -------------------------------------------------------------------
+
+HEADER = "path,split,rock,slow\n"
+ROWS = "a.mp3,train,1,0\nb.mp3,val,1,1\nc.mp3,test,0,1\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeff" + HEADER + ROWS,
+        (HEADER + ROWS).replace("\n", "\r\n"),
+        (HEADER + ROWS).replace(",", "\t"),
+        (HEADER + ROWS).replace(",", ";"),
+        (HEADER + ROWS).rstrip("\n") + "\n\n",
+        "path,split,tags\na.mp3,train,rock\nb.mp3,validation,rock,slow\nc.mp3,test,slow\n",
+        'path,split,Tags\na.mp3,train,rock\nb.mp3,val,"slow, rock, "\nc.mp3,test,slow\n',
+        "split,filename,rock,slow,plays\ntrain,a.mp3,1,0,7\nval,b.mp3,1,1,9\ntest,c.mp3,0,1,1\n",
+        ",PATH,Split,rock,slow,never\n0,a.mp3,train,1,0,0\n1,b.mp3,val,1,1,0\n2,c.mp3,test,0,1,0\n",
+    ],
+    ids=["byte order mark", "CRLF", "tabs", "semicolons", "blank line", "spread", "list",
+         "another order", "index column"],
+)  # fmt: skip
+def test_other_ways_to_write_the_same_table(tmp_path, content):
+    path = tmp_path / "t.csv"
+    path.write_bytes(content.encode())
+    clips, tags, _ = read_tables([path])
+    assert tags == ("rock", "slow")
+    assert clips.to_numpy().tolist() == [
+        [1, 0, "a.mp3", "a.mp3", "train"],
+        [1, 1, "b.mp3", "b.mp3", "val"],
+        [0, 1, "c.mp3", "c.mp3", "test"],
+    ]
+
+
+def test_clips_without_a_kept_tag_are_left_out_and_it_is_said(tmp_path):
+    path = write(
+        tmp_path / "t.csv", "path,split,tags", "a,train,x|y", "b,train,", "c,val,x", "d,test,z"
+    )
+    form = TableForm(tags_delimiter="|", tags_column="tags")
+    clips, tags, found = read_tables([path], num_tags=1, form=form)
+    assert tags == ("x",)
+    assert clips["mp3_path"].tolist() == ["a", "c"]
+    assert any(
+        "2 of 4 clips carry one or more of the 1 most frequent of 3 tags" in s for s in found
+    )
+    _, tags, found = read_tables([path], form=form)
+    assert tags == ("y", "z", "x")
+    assert "tags without a clip in train: z" in found
+
+
+def test_clip_ids_are_kept_where_there_are_any(tmp_path):
+    path = write(tmp_path / "t.csv", "clip_id,path,split,x", "007,a,train,1", "NA,b,val,1")
+    clips, _, _ = read_tables([path])
+    assert clips["clip_id"].tolist() == ["007", "NA"]
+
+
+# --- Splits ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 30), min_size=3, max_size=60),
+    st.integers(0, 2**31 - 1),
+    st.randoms(use_true_random=False),
+)
+def test_groups_are_dealt_whole_and_near_the_shares(sizes, seed, random):
+    split_of = draw_splits(sizes, seed)
+    assert split_of.keys() == sizes.keys()
+    assert set(split_of.values()) == set(SPLITS)
+    shuffled = list(sizes.items())
+    random.shuffle(shuffled)
+    assert draw_splits(dict(shuffled), seed) == split_of
+    clips = Counter()
+    for group, split in split_of.items():
+        clips[split] += sizes[group]
+    # No split is more than two of the largest groups from its share.
+    for split, share in SPLIT_SHARES.items():
+        assert abs(clips[split] - share * sum(sizes.values())) <= 2 * max(sizes.values())
+
+
+def test_another_seed_is_another_split():
+    sizes = {f"artist {number}": 1 + number % 7 for number in range(200)}
+    drawn = [draw_splits(sizes, seed) for seed in range(5)]
+    assert all(one != other for place, one in enumerate(drawn) for other in drawn[:place])
+    num_clips = sum(sizes.values())
+    for split_of in drawn:
+        for split, share in SPLIT_SHARES.items():
+            found = sum(sizes[group] for group in sizes if split_of[group] == split) / num_clips
+            assert found == pytest.approx(share, abs=0.01)
+
+
+def test_the_split_does_not_depend_on_tags_or_their_number(tmp_path):
+    rows = [f"{number},artist {number % 9},x{number % 4},{number}.mp3" for number in range(40)]
+    path = write(tmp_path / "t.csv", "n,artist,tags,path", *rows)
+    form = TableForm(split_by="artist")
+    all_clips, _, _ = read_tables([path], form=form)
+    few, _, _ = read_tables([path], num_tags=1, form=form)
+    expected = all_clips.set_index("mp3_path")["split"]
+    assert few["split"].tolist() == expected[few["mp3_path"]].tolist()
+    assert (
+        all_clips.assign(artist=lambda t: t.index % 9).groupby("artist")["split"].nunique().max()
+        == 1
+    )
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("", "the table has no rows"),
+        (HEADER, "the table has no rows"),
+        ("\n\n", "the table has no rows"),
+        (HEADER + 'a.mp3,train,"1,0\n', "not a CSV or TSV table"),
+        (HEADER + ROWS + "../a.mp3,train,1,0\n", "row 5, column 'path': '../a.mp3' is not a path"),
+        (HEADER + ROWS + "/a.mp3,train,1,0\n", "row 5, column 'path': '/a.mp3' is not a path"),
+        (HEADER + ROWS + "x/../../a,train,1,0\n", "row 5, column 'path': 'x/../../a' is not"),
+        (HEADER + ROWS + "x\\a.mp3,train,1,0\n", "row 5, column 'path': 'x\\\\a.mp3' is not"),
+        (HEADER + ROWS + ",train,1,0\n", "row 5, column 'path': '' is not a path"),
+        (HEADER + ROWS + "./a.mp3,train,1,0\n", "row 5, column 'path': 'a.mp3' stands in row 2"),
+        (HEADER + ROWS + "d.mp3,train,2,0\n", "row 5, column 'rock': found '2', expected 0 or 1"),
+        (HEADER + ROWS + "d.mp3,train,,0\n", "row 5, column 'rock': found '', expected 0 or 1"),
+        (HEADER + ROWS + "d.mp3,other,1,0\n", "row 5, column 'split': found 'other', expected one"),
+        (HEADER + ROWS + "d.mp3,train,1\n", "row 5: 3 fields, row 1 has 4"),
+        (HEADER + ROWS + "d.mp3,train,1,0,0\n", "row 5: 5 fields, row 1 has 4"),
+        ("path,split,rock,rock\na.mp3,train,1,0\n", "row 1, column 'rock': stands there twice"),
+        ("path,split,rock,shard\na.mp3,train,1,0\n", "row 1, column 'shard': 'shard' cannot be"),
+        ("path,split,rock\na.mp3,train,0\n", "no clip carries a tag"),
+        ("path,split,tags\na,train,\"['rock']\"\n", "row 2, column 'tags': found \"['rock']\""),
+        ("path,split,tags\na,train,shard\n", "row 2, column 'tags': 'shard' cannot be"),
+        ('path,split,tags\na,train,"x,y"\nb,val,x,y\n', "row 2, column 'tags': 'x,y' is a list"),
+        ("path,file,split,x\na,b,train,1\n", "'path', 'file' may all be the column of paths"),
+        ("song,split,x\na,train,1\n", "none of 'song', 'split', 'x' is the column of paths"),
+        ("path,split,title\na,train,Blue\n", "no column holds only 0 and 1"),
+        ("path,x\na,1\n", "nothing says which clips are train, val and test"),
+        ("clip_id,path,split,x\n1,a,train,1\n1,b,val,1\n", "row 3, column 'clip_id': '1' stands"),
+        ("clip_id,path,split,x\n,a,train,1\n", "row 2, column 'clip_id': found nothing"),
+    ],
+)
+def test_table_that_is_not_clear_is_refused_with_its_place(tmp_path, content, found):
+    path = tmp_path / "t.csv"
+    path.write_text(content)
+    with pytest.raises((AnnotationsError, UsageError)) as caught:
+        read_tables([path])
+    assert str(caught.value).startswith(f"{path}: ")
+    assert found in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("form", "found"),
+    [
+        ({"path_column": "none"}, "--path-column none: "),
+        ({"tags_column": "none"}, "--tags-column none: "),
+        ({"split_column": "none"}, "--split-column none: "),
+        ({"split_by": "none"}, "--split-by none: "),
+        ({"split_by": "folder"}, "row 2, column 'path': is in no folder"),
+        ({"split_by": "rock"}, "column 'rock': 2 different, too few for train, val, test"),
+        ({"tags_delimiter": "|"}, "--tags-delimiter: say by --tags-column"),
+        ({"tags_delimiter": ""}, "--tags-delimiter: must not be empty"),
+        ({"split_by": "rock", "split_column": "split"}, "--split-column and --split-by"),
+    ],
+)
+def test_options_that_do_not_fit_the_table_are_refused(tmp_path, form, found):
+    path = write(tmp_path / "t.csv", *(HEADER + ROWS).splitlines())
+    with pytest.raises(ToolkitError) as caught:
+        read_tables([path], form=TableForm(**form))
+    assert found in str(caught.value)
+    assert isinstance(caught.value, UsageError) == found.startswith("--")
+
+
+def test_tables_that_do_not_belong_together_are_refused(tmp_path):
+    one = write(tmp_path / "x-train.csv", "path,x", "a,1")
+    for name, lines, found in (
+        ("x-test.csv", ["path,y", "b,1"], "x-test.csv: its columns ('path', 'y') are not those of"),
+        ("x-test.csv", ["path,x", "a,1"], f"row 2, column 'path': 'a' stands in row 2 of {one}"),
+        ("x-rest.csv", ["path,x", "b,1"], "nothing says which clips are train, val and test"),
+        ("x-train-test.csv", ["path,x", "b,1"], "nothing says which clips are train, val and test"),
+    ):
+        with pytest.raises(ToolkitError) as caught:
+            read_tables([one, write(tmp_path / name, *lines)])
+        assert found in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+def test_file_that_is_not_there_is_named(tmp_path, kind):
+    path = tmp_path if kind == "folder" else tmp_path / "none.csv"
+    with pytest.raises(AnnotationsError, match=str(path)):
+        read_tables([path])
+
+
+@given(st.binary(max_size=60), st.integers(0, len(HEADER + ROWS)))
+def test_whatever_is_in_the_file_only_our_error_comes_out(tmp_path_factory, noise, place):
+    whole = (HEADER + ROWS).encode()
+    path = tmp_path_factory.getbasetemp() / "noise.csv"
+    path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])
+    try:
+        clips, tags, _ = read_tables([path])
+    except ToolkitError as error:
+        assert "\n" not in str(error)
+    else:
+        assert set(np.unique(clips[list(tags)])) <= {0, 1}
+        assert set(clips["split"]) <= set(SPLITS)
+
+
+def test_folders_that_are_not_there_are_named(tmp_path, capsys):
+    tables, options = as_columns(tmp_path)
+    command = ["--data-dir", str(tmp_path / "mine"), "--annotations", str(tables[0]), *options]
+    assert build_mtt.main(command) == 1
+    assert (
+        f"{Path('mine') / 'mp3'}: no such folder: name that of the audio" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "mine").exists()
+
+
+def test_magnatagatune_of_fewer_tags(tmp_path, capsys):
+    rows = [[n + 1, n % 2, 1, 0, f"{folder}/{n}.wav"] for n, folder in enumerate("01cf")]
+    write_annotations(tmp_path / "annotations_final.csv", rows, tags=("a", "b", "c"))
+    for *_, path in rows:
+        (tmp_path / "mp3" / path).parent.mkdir(parents=True, exist_ok=True)
+        encode_audio(tmp_path / "mp3" / path, synthesise(0.6), codec="pcm_s16le", bit_rate=0)
+    command = ["--data-dir", str(tmp_path), *OPTIONS, "--num-tags", "2"]
+    assert build_mtt.main(command) == 0, capsys.readouterr().err
+    assert open_dataset(tmp_path).tags == ("a", "b")
