@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.slow
 def test_loops_give_the_same_losses_and_weights(tiny_dataset):
     """Keras's fit, a step a dispatch, three steps a dispatch, and segments on the device."""
     program = """

@@ -528,7 +528,14 @@ def test_a_run_ended_by_sigterm_goes_on_to_the_same_weights(
     assert_same_runs(tmp_path / "log", trained)
 
 
-@pytest.mark.parametrize("failing", ["ckpt-e001", "resume.keras", "training.csv"])
+@pytest.mark.parametrize(
+    "failing",
+    [
+        pytest.param("ckpt-e001", marks=pytest.mark.slow),
+        "resume.keras",
+        pytest.param("training.csv", marks=pytest.mark.slow),
+    ],
+)
 def test_a_write_that_fails_loses_nothing(
     tiny_dataset, trained, tmp_path, capsys, monkeypatch, failing
 ):
