@@ -274,7 +274,8 @@ def measure_model(
 
     if options.mixed_precision:
         keras.config.set_dtype_policy("mixed_bfloat16")
-    keras.utils.set_random_seed(0)
+    with cli.chatter_held():
+        keras.utils.set_random_seed(0)
     jit = choose_jit(options.jit, config.block)
     network = build_network(config)
     trainer = compile_trainer(network, options, 0, jit)

@@ -143,7 +143,9 @@ def train(
     config = type(config)(
         **config.to_json() | {"num_tags": len(dataset.tags), "num_samples": dataset.num_samples}
     )
-    keras.utils.set_random_seed(options.seed % 2**32)
+    # Keras seeds TensorFlow too where it is there, on any backend: it is imported and talks.
+    with cli.chatter_held():
+        keras.utils.set_random_seed(options.seed % 2**32)
     if options.mixed_precision:
         keras.config.set_dtype_policy("mixed_bfloat16")
     cli.say(describe_device(choose_jit(options.jit, config.block), options.mixed_precision))
@@ -544,9 +546,11 @@ class EventLog:
     """TensorBoard's events of a stage: one point an epoch."""
 
     def __init__(self, stage_dir: Path):
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        # TensorBoard imports TensorFlow where it finds it, which talks, on any backend.
+        with cli.chatter_held():
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(stage_dir))
+            self._writer = EventFileWriter(str(stage_dir))
 
     def write(self, row: dict) -> None:
         """Write an epoch's row of ``training.csv``."""
