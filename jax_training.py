@@ -190,7 +190,7 @@ class JaxTrainer:
 def _scan(step, state, inputs: tuple):
     """Run a step over the first axis of its inputs; a single one without a loop.
 
-    XLA's CPU device computes convolutions within a loop on one core and without its fast kernels.
+    XLA's CPU device computes convolutions within a loop without its fast kernels.
     """
     if len(inputs[0]) > 1:
         return jax.lax.scan(step, state, inputs)
