@@ -28,6 +28,7 @@ from evaluation import (
     Scores,
     bootstrap,
     check_fits,
+    clip_mean,
     interval,
     predict_clips,
     score,
@@ -82,7 +83,7 @@ def evaluate(
     for clip, (outputs,) in predict_clips(network, shown, batch_size):
         clip.segments = clip.segments[:0].copy()  # a view would keep all the test audio
         clips.append(clip)
-        predictions.append(outputs.mean(axis=0, dtype=np.float64))
+        predictions.append(clip_mean(outputs))
     predictions = np.array(predictions)
     if not np.isfinite(predictions).all():
         raise CheckpointError(f"{model_path}: predicts values that are no numbers")

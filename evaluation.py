@@ -109,6 +109,21 @@ def predict_clips(
     yield from _finished(waiting)
 
 
+def clip_mean(outputs: np.ndarray) -> np.ndarray:
+    """Take a clip's value as the mean of its segments', in float64 so that near-ties stay ordered.
+
+    Parameters
+    ----------
+    outputs : np.ndarray [shape=(n_segments, n_features)]
+        A clip's outputs, as `predict_clips` yields them.
+
+    Returns
+    -------
+    np.ndarray [shape=(n_features,), dtype=float64]
+    """
+    return outputs.mean(axis=0, dtype=np.float64)
+
+
 def _finished(waiting: deque) -> Iterator[tuple[Clip, list[np.ndarray]]]:
     while waiting and len(waiting[0][2]) == waiting[0][1]:
         clip, _, rows = waiting.popleft()

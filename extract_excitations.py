@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import cli
 from errors import UsageError, name_file
-from evaluation import DEFAULT_BATCH_SIZE, check_fits, predict_clips
+from evaluation import DEFAULT_BATCH_SIZE, check_fits, clip_mean, predict_clips
 from input_data import open_dataset, read_clips
 
 import numpy as np
@@ -73,7 +73,7 @@ def extract(
     )  # fmt: skip
     for clip, outputs in predict_clips(excitations, shown, batch_size):
         for depth, output in enumerate(outputs):
-            means.append((output.mean(axis=0, dtype=np.float64).astype(np.float32), depth))
+            means.append((clip_mean(output).astype(np.float32), depth))
             labels.append(clip.labels)
             identities.append((clip.clip_id, clip.mp3_path))
     return pd.concat(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import cli
 from audio import decode
 from errors import AudioError, CheckpointError, UsageError
-from evaluation import DEFAULT_BATCH_SIZE, predict_clips
+from evaluation import DEFAULT_BATCH_SIZE, clip_mean, predict_clips
 from input_data import Clip, write_atomically
 
 import numpy as np
@@ -226,7 +226,7 @@ def draw_taggram(
     """
     from matplotlib.figure import Figure
 
-    order = _top(probabilities.mean(axis=0, dtype=np.float64), top)
+    order = _top(clip_mean(probabilities), top)
     step = starts[1] - starts[0] if len(starts) > 1 else segment_seconds
     left = starts[0] + (segment_seconds - step) / 2
     figure = Figure(figsize=(8.3, 1.5 + 0.22 * len(order)), dpi=100, layout="constrained")
@@ -383,7 +383,7 @@ def _tag(arguments: argparse.Namespace) -> None:
     for path, probabilities in tag_files(
         checkpoint, [path for path, _ in files], hop, arguments.batch_size, refused
     ):
-        means = probabilities.mean(axis=0, dtype=np.float64)
+        means = clip_mean(probabilities)
         if arguments.csv:
             if not num_tagged:
                 _print(_csv_row(["path", *tags]))

@@ -29,7 +29,7 @@ import checkpoints
 import cli
 import figures
 from errors import Interrupted, TrainingError, UsageError
-from evaluation import Scores, binary_crossentropy, check_fits, predict_clips, score
+from evaluation import Scores, binary_crossentropy, check_fits, clip_mean, predict_clips, score
 from input_data import (
     Dataset,
     SegmentReader,
@@ -447,7 +447,7 @@ def _validate(
     clips = read_clips(dataset.splits["val"].shards, dataset.num_samples, len(dataset.tags))
     for clip, (predictions,) in predict_clips(trainer, clips, options.batch_size, stop.check):
         labels.append(clip.labels)
-        means.append(predictions.mean(axis=0, dtype=np.float64))
+        means.append(clip_mean(predictions))
         segment_labels.append(np.repeat(clip.labels[np.newaxis], len(predictions), axis=0))
         segment_predictions.append(predictions)
     loss = binary_crossentropy(np.concatenate(segment_labels), np.concatenate(segment_predictions))
@@ -477,7 +477,7 @@ def _test(
     )  # fmt: skip
     for clip, (predictions,) in predict_clips(network, clips, options.batch_size, stop.check):
         labels.append(clip.labels)
-        means.append(predictions.mean(axis=0, dtype=np.float64))
+        means.append(clip_mean(predictions))
     scores = score(np.array(labels), np.array(means))
     noted = {
         "checkpoint": best.name,
