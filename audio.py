@@ -2,9 +2,14 @@
 
 A decoder turns a file into mono float32 samples at a given rate. ``av`` (PyAV) does it in
 process; ``madmom`` is the published program's, kept as the reference.
+
+However long a file is, little of it need be held at once: ``av`` decodes it piece by piece, and
+the pieces' segments come in parts.
 """
 
+import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -16,8 +21,13 @@ DECODERS = ("av", "madmom")
 # MagnaTagATune's clips are 29.1 s long; the published program reads 29 s of each.
 CLIP_SECONDS = 29.0
 
-# What is held before resampling: a whole clip, but not a whole concert.
-_GATHERED_SAMPLES = 1 << 22
+# The most samples of segments that are held together: 6 minutes at 22,050 Hz, and 34 MB. Test
+# shards are cut by it: other records come of another number.
+PART_SAMPLES = 1 << 23
+
+# What is held before resampling, in samples of the file: many frames, as calls into the library
+# cost, and no more than a core's cache holds, which is faster than a whole clip at once.
+_GATHERED_SAMPLES = 1 << 16
 
 
 def decode(
@@ -51,6 +61,32 @@ def decode(
     AudioError
         The file is missing, empty, not audio, or has no audio stream.
     """
+    return np.concatenate(list(decode_pieces(path, sample_rate, stop, decoder)))
+
+
+def decode_pieces(
+    path: str | Path,
+    sample_rate: int = 22050,
+    stop: float | None = CLIP_SECONDS,
+    decoder: str = "av",
+) -> Iterator[np.ndarray]:
+    """Decode an audio file to mono samples that come as they are decoded.
+
+    Parameters
+    ----------
+    path, sample_rate, stop, decoder
+        As for `decode`; 'madmom' decodes the whole file in memory.
+
+    Yields
+    ------
+    np.ndarray [shape=(n_samples,), dtype=float32]
+        Consecutive samples: one after the other they are what `decode` returns.
+
+    Raises
+    ------
+    AudioError
+        As `decode`; where a file is damaged, perhaps only after some pieces.
+    """
     path = Path(path)
     try:
         if not path.is_file():
@@ -61,14 +97,19 @@ def decode(
     if is_empty:
         raise AudioError(f"{path}: the file is empty")
     read = {"av": _decode_av, "madmom": _decode_madmom}[decoder]
-    samples = read(path, sample_rate, stop)
-    if len(samples) == 0:
+    num_decoded = 0
+    end = sys.maxsize if stop is None else round(min(stop * sample_rate, sys.maxsize))
+    for piece in read(path, sample_rate, stop):
+        piece = piece[: end - num_decoded]
+        if len(piece):
+            yield piece
+        num_decoded += len(piece)
+    if not num_decoded:
         raise AudioError(f"{path}: no audio could be decoded")
-    return samples
 
 
-def cut_segments(samples: np.ndarray, num_samples: int) -> np.ndarray:
-    """Cut samples into consecutive segments and drop the rest.
+def cut_segments(samples: np.ndarray, num_samples: int, hop: int | None = None) -> np.ndarray:
+    """Cut samples into segments and drop the rest.
 
     Parameters
     ----------
@@ -76,20 +117,67 @@ def cut_segments(samples: np.ndarray, num_samples: int) -> np.ndarray:
         Mono samples.
     num_samples : int
         Length of a segment, in samples.
+    hop : int or None
+        From the start of a segment to that of the next, in samples; None for `num_samples`.
 
     Returns
     -------
     np.ndarray [shape=(n_segments, num_samples)]
-        A view of the samples; no segments where they are fewer than `num_samples`.
+        A read-only view of the samples; no segments where they are fewer than `num_samples`.
     """
-    num_segments = len(samples) // num_samples
-    return samples[: num_segments * num_samples].reshape(num_segments, num_samples)
+    if len(samples) < num_samples:
+        return np.zeros((0, num_samples), samples.dtype)
+    return np.lib.stride_tricks.sliding_window_view(samples, num_samples)[:: hop or num_samples]
 
 
-def _decode_av(path: Path, sample_rate: int, stop: float | None) -> np.ndarray:
+def segments_a_part(num_samples: int, hop: int | None = None) -> int:
+    """Say how many segments are held together (see `cut_pieces`): one, however long it is."""
+    return max(1, 1 + (PART_SAMPLES - num_samples) // (hop or num_samples))
+
+
+def cut_pieces(
+    pieces: Iterable[np.ndarray], num_samples: int, hop: int | None = None
+) -> Iterator[np.ndarray]:
+    """Cut samples that come in pieces into segments, as `cut_segments` does with all of them.
+
+    Parameters
+    ----------
+    pieces : iterable of np.ndarray [shape=(n_samples,)]
+        Consecutive samples (see `decode_pieces`).
+    num_samples, hop
+        As for `cut_segments`.
+
+    Yields
+    ------
+    np.ndarray [shape=(n_segments, num_samples)]
+        The next part: `segments_a_part` segments, the last part fewer; wherever pieces end.
+    """
+    hop = hop or num_samples
+    num_segments = segments_a_part(num_samples, hop)
+    # From a part's first sample to the next part's first one, or to its own end.
+    step = num_segments * hop
+    span = max(step, step - hop + num_samples)
+    gathered, num_gathered = [], 0
+    for piece in pieces:
+        gathered.append(piece)
+        num_gathered += len(piece)
+        if num_gathered < span:
+            continue
+        samples = np.concatenate(gathered)
+        gathered.clear()
+        while len(samples) >= span:
+            yield cut_segments(samples[: step - hop + num_samples], num_samples, hop)
+            samples = samples[step:]
+        gathered.append(samples.copy())  # a view would hold them all
+        num_gathered = len(samples)
+    if num_gathered >= num_samples:
+        samples = gathered[0] if len(gathered) == 1 else np.concatenate(gathered)
+        yield cut_segments(samples, num_samples, hop)
+
+
+def _decode_av(path: Path, sample_rate: int, stop: float | None) -> Iterator[np.ndarray]:
     import av
 
-    pieces = []
     try:
         # Named as a file, or "a:b.mp3" would be taken for a protocol; and a comment that is not
         # UTF-8 is no reason to refuse the samples.
@@ -107,15 +195,16 @@ def _decode_av(path: Path, sample_rate: int, stop: float | None) -> np.ndarray:
                     frame.pts = None
                     fifo.write(frame)
                     if fifo.samples >= _GATHERED_SAMPLES:
-                        pieces += resampler.resample(fifo.read())
-                if fifo.samples:
-                    pieces += resampler.resample(fifo.read())
-                pieces += resampler.resample(None)
+                        yield _samples(resampler.resample(fifo.read()))
+                resampled = resampler.resample(fifo.read()) if fifo.samples else []
+                yield _samples(resampled + resampler.resample(None))
     except (av.error.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise AudioError(f"{path}: cannot be decoded: {reason}") from None
-    samples = [np.zeros(0, np.float32)] + [frame.to_ndarray()[0] for frame in pieces]
-    return np.concatenate(samples)[: None if stop is None else round(stop * sample_rate)]
+
+
+def _samples(frames: list) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray()[0] for frame in frames)])
 
 
 def _decoded_frames(container, path: Path, stop: float | None):
@@ -141,7 +230,7 @@ def _decoded_frames(container, path: Path, stop: float | None):
         raise AudioError(f"{path}: {num_bad} of {num_good + num_bad} audio packets are damaged")
 
 
-def _decode_madmom(path: Path, sample_rate: int, stop: float | None) -> np.ndarray:
+def _decode_madmom(path: Path, sample_rate: int, stop: float | None) -> Iterator[np.ndarray]:
     madmom_signal = import_madmom()
     try:
         signal = madmom_signal.Signal(
@@ -150,7 +239,7 @@ def _decode_madmom(path: Path, sample_rate: int, stop: float | None) -> np.ndarr
     except Exception as error:  # madmom lets its programs' failures out as several types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AudioError(f"{path}: cannot be decoded: {reason}") from None
-    return np.asarray(signal)
+    yield np.asarray(signal)
 
 
 def import_madmom():

@@ -3,7 +3,8 @@
     python build_mtt.py --data-dir ./dataset
     python build_mtt.py --data-dir ./dataset --num-workers 8 --num-audios-per-shard 50
     python build_mtt.py --data-dir ./mine --annotations songs.csv --audio-dir ./songs \\
-      --split-by artist
+      --split-by artist --stop none
+    python build_mtt.py --data-dir /shared/dataset --scheduler tcp://node1:8786
 
 Reads ``annotations_final.csv`` and ``mp3/`` in the dataset's folder, or what the options name, and
 writes ``tfrecord/`` there. Run again after an interruption, it goes on with the shards that are
@@ -24,12 +25,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -46,20 +47,21 @@ from annotations import (
     missing_dataset_message,
     read_mtt,
 )
-from audio import DECODERS, cut_segments, decode, import_madmom
-from errors import AnnotationsError, AudioError, BuildError
+from audio import CLIP_SECONDS, DECODERS, cut_pieces, decode_pieces, import_madmom
+from errors import AnnotationsError, AudioError, BuildError, Interrupted, UsageError
 from input_data import (
     ENCODINGS,
     MANIFEST_NAME,
     SHARD_FOLDER,
     Clip,
+    append_records,
     encode_clip,
     read_manifest,
     remove_leftovers,
     shard_name,
     write_atomically,
     write_manifest,
-    write_records,
+    written_whole,
 )
 from tables import (
     FOLDER,
@@ -75,11 +77,11 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
-    from tqdm import tqdm
 
 AUDIO_FOLDER = "mp3"
 # What a build that does not say them was made with: it was made before they could be chosen.
 _EARLIER_OPTIONS = {
+    "stop": CLIP_SECONDS,
     "encoding": "float32",
     "audio_dir": AUDIO_FOLDER,
     "audio_suffix": None,
@@ -90,6 +92,8 @@ _EARLIER_OPTIONS = {
 _PROGRESS_FOLDER = ".progress"
 _LOCK_NAME = ".lock"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What file systems of several machines say that have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class ShardTask:
     clips: list[tuple[str, str, bytes]]  # clip_id, mp3_path, labels as uint8 bytes
     sample_rate: int
     num_samples: int
+    stop: float | None
     decoder: str
     encoding: str
 
@@ -119,6 +124,8 @@ def build(
     audio_suffix: str | None = None,
     num_tags: int = NUM_TAGS,
     form: TableForm | None = None,
+    stop: float | None = CLIP_SECONDS,
+    scheduler: str | None = None,
 ) -> dict:
     """Build the shards of a dataset, or those that are missing.
 
@@ -149,6 +156,11 @@ def build(
         How many of the most frequent tags to keep; fewer where there are fewer.
     form : TableForm or None
         How the tables are written; None leaves it to what they show.
+    stop : float or None
+        Where to cut the audio, in seconds from its start; None takes it whole.
+    scheduler : str or None
+        Address of a Dask cluster's scheduler, whose workers make the shards and see the folders
+        under the same paths; None for processes of this machine.
 
     Returns
     -------
@@ -159,9 +171,26 @@ def build(
     ------
     AnnotationsError, BuildError, UsageError
         The dataset is not there, the tables and options do not fit, the options changed since
-        the last run, another build is at work, or a worker died.
+        the last run, another build is at work, a worker died, or the cluster cannot be used.
+    Interrupted
+        SIGTERM asked for an end.
     """
     data_dir = Path(data_dir)
+    if scheduler is not None:
+        if num_workers is not None:
+            raise UsageError(
+                "--num-workers is of this machine's processes, with --scheduler the cluster's "
+                "workers are used: leave one of the two out"
+            )
+        _import_cluster()
+        # Workers have another working directory.
+        data_dir = data_dir.absolute()
+        audio_dir = None if audio_dir is None else Path(audio_dir).absolute()
+    if stop is not None and stop * sample_rate < num_samples:
+        raise UsageError(
+            f"--stop {_as_typed(stop)}: at {sample_rate} Hz that is less than one segment of "
+            f"{num_samples} samples, {num_samples / sample_rate:.3g} s"
+        )
     form = form or TableForm()
     is_mtt = not annotations and form == TableForm()
     tables = [Path(path) for path in annotations] or [data_dir / ANNOTATIONS_NAME]
@@ -183,7 +212,7 @@ def build(
     named = list(clips[MP3_PATH])
     if audio_suffix is not None:
         clips[MP3_PATH] = _with_suffix(clips[MP3_PATH], audio_suffix)
-    if not any((audio_folder / mp3_path).exists() for mp3_path in clips[MP3_PATH]):
+    if not any((audio_folder / mp3_path).is_file() for mp3_path in clips[MP3_PATH]):
         raise BuildError(
             f"{audio_folder}: none of the {len(clips)} clips is here: unpack them so that "
             f"{audio_folder / clips[MP3_PATH].iloc[0]} is one of them"
@@ -193,6 +222,7 @@ def build(
     options = {
         "sample_rate": sample_rate,
         "num_samples": num_samples,
+        "stop": stop,
         "num_audios_per_shard": num_audios_per_shard,
         "decoder": decoder,
         "encoding": encoding,
@@ -217,13 +247,24 @@ def build(
         tasks = _plan(clips, tags, folder, audio_folder, options)
         done = _finished_shards(folder, progress_dir, tasks)
         try:
-            _make_shards(tasks, done, progress_dir, num_workers)
+            _make_shards(tasks, done, progress_dir, num_workers, scheduler)
         finally:
             remove_leftovers(folder)  # of workers that were ended
         manifest = _gather(tasks, done, tags, options)
         write_manifest(folder, manifest)
         shutil.rmtree(progress_dir)
     return manifest
+
+
+def _import_cluster():
+    try:
+        import cluster
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--scheduler: {error.name.partition('.')[0]} is not installed: python -m pip install "
+            "-r requirements/cluster.txt"
+        ) from None
+    return cluster
 
 
 def _hash_tables(paths: list[Path]) -> str:
@@ -276,13 +317,15 @@ def _with_suffix(paths: "pd.Series", suffix: str) -> list[str]:
     return changed
 
 
-def make_shard(task: ShardTask) -> dict:
+def make_shard(task: ShardTask, count_clip: Callable[[], None] | None = None) -> dict:
     """Decode a shard's clips, cut them into segments and write them.
 
     Parameters
     ----------
     task : ShardTask
         What to make and where.
+    count_clip : callable or None
+        Called after each clip; None counts for this machine's pool of workers.
 
     Returns
     -------
@@ -292,35 +335,43 @@ def make_shard(task: ShardTask) -> dict:
     """
     counts = {"clips": 0, "segments": 0}
     skipped = []
-
-    def records():
+    count_clip = count_clip or _count_clip
+    with written_whole(task.path) as shard:
         for clip_id, mp3_path, labels in task.clips:
+            start, num_segments = shard.tell(), 0
             try:
-                segments = _decode_clip(task, mp3_path)
+                for segments in _decode_clip(task, mp3_path):
+                    clip = Clip(segments, np.frombuffer(labels, np.uint8), clip_id, mp3_path)
+                    append_records(shard, encode_clip(clip, task.split, task.encoding))
+                    num_segments += len(segments)
             except AudioError as error:
+                shard.seek(start)  # no half of a clip that breaks on the way
+                shard.truncate()
                 reason = str(error).removeprefix(f"{task.audio_dir}{os.sep}")
                 skipped.append({CLIP_ID: clip_id, MP3_PATH: mp3_path, "reason": reason})
-                _count_clip()
-                continue
-            counts["clips"] += 1
-            counts["segments"] += len(segments)
-            clip = Clip(segments, np.frombuffer(labels, np.uint8), clip_id, mp3_path)
-            yield from encode_clip(clip, task.split, task.encoding)
-            _count_clip()
-
-    write_records(task.path, records())
+            else:
+                counts["clips"] += 1
+                counts["segments"] += num_segments
+            count_clip()
     num_bytes = task.path.stat().st_size
     return {"name": task.path.name, **counts, "bytes": num_bytes, "skipped": skipped}
 
 
-def _decode_clip(task: ShardTask, mp3_path: str) -> np.ndarray:
-    samples = decode(task.audio_dir / mp3_path, task.sample_rate, decoder=task.decoder)
-    segments = cut_segments(samples, task.num_samples)
-    if not len(segments):
-        raise AudioError(
-            f"{mp3_path}: {len(samples)} samples are less than one segment of {task.num_samples}"
-        )
-    return segments
+def _decode_clip(task: ShardTask, mp3_path: str) -> Iterator[np.ndarray]:
+    """Yield a clip's segments in parts; what is wrong with it may be found at its end only."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        num_decoded = 0
+        path = task.audio_dir / mp3_path
+        for piece in decode_pieces(path, task.sample_rate, task.stop, task.decoder):
+            num_decoded += len(piece)
+            yield piece
+        if num_decoded < task.num_samples:
+            raise AudioError(
+                f"{mp3_path}: {num_decoded} samples are less than one segment of {task.num_samples}"
+            )
+
+    return cut_pieces(pieces(), task.num_samples)
 
 
 def _plan(clips, tags, folder: Path, audio_dir: Path, options: dict) -> list[ShardTask]:
@@ -342,6 +393,7 @@ def _plan(clips, tags, folder: Path, audio_dir: Path, options: dict) -> list[Sha
                     ],
                     sample_rate=options["sample_rate"],
                     num_samples=options["num_samples"],
+                    stop=options["stop"],
                     decoder=options["decoder"],
                     encoding=options["encoding"],
                 )
@@ -350,7 +402,11 @@ def _plan(clips, tags, folder: Path, audio_dir: Path, options: dict) -> list[Sha
 
 
 def _make_shards(
-    tasks: list[ShardTask], done: dict[str, dict], progress_dir: Path, num_workers: int | None
+    tasks: list[ShardTask],
+    done: dict[str, dict],
+    progress_dir: Path,
+    num_workers: int | None,
+    scheduler: str | None,
 ) -> None:
     """Make the shards that are not done, and note each as it appears."""
     to_do = [task for task in tasks if task.path.name not in done]
@@ -358,52 +414,110 @@ def _make_shards(
     num_done = num_clips - sum(len(task.clips) for task in to_do)
     if not to_do:
         return
-    # Started afresh, not forked: a fork would copy whatever threads and locks we hold.
-    context = multiprocessing.get_context("spawn")
-    clips_counted = context.Value("q", 0)
-    num_workers = min(num_workers or os.cpu_count() or 1, len(to_do))
+
+    def so_far() -> str:
+        return f"{len(done)} of {len(tasks)} shards are complete"
+
+    if scheduler is None:
+        workers = _local_workers(min(num_workers or os.cpu_count() or 1, len(to_do)), so_far)
+    else:
+        cluster = _import_cluster()
+        first = to_do[0]
+        paths = (clip[1] for task in tasks for clip in task.clips)
+        clip = next(path for path in paths if (first.audio_dir / path).is_file())
+        agreed = cluster.terms(first.path.parent, first.audio_dir, clip, first.decoder)
+        workers = cluster.connect(scheduler, agreed, so_far, cli.say)
     with (
-        ProcessPoolExecutor(
-            num_workers, context, initializer=_start_worker, initargs=(clips_counted,)
-        ) as executor,
+        workers as (submit, watch),
         cli.progress(
             total=num_clips, initial=num_done, unit="clip", desc="building", smoothing=0.1
         ) as bar,
+        _signals_noted() as check_signals,
     ):
+
+        def on_wait() -> None:
+            check_signals()
+            bar.update(num_done + watch() - bar.n)
+
         try:
-            for entry in _run_tasks(executor, to_do, lambda: _show(bar, num_done, clips_counted)):
+            for entry in _run_tasks(submit, to_do, on_wait):
                 note = json.dumps(entry, ensure_ascii=False).encode()
                 write_atomically(progress_dir / f"{entry['name']}.json", note)
                 done[entry["name"]] = entry
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            raise BuildError(
+                f"{cli.describe_os_error(error)} ({so_far()}): make space and run the same command "
+                "again to go on"
+            ) from None
+
+
+@contextmanager
+def _local_workers(
+    num_workers: int, so_far: Callable[[], str]
+) -> Iterator[tuple[Callable, Callable[[], int]]]:
+    """Hold processes that make shards; like `cluster.connect`, which see."""
+    # Started afresh, not forked: a fork would copy whatever threads and locks we hold.
+    context = multiprocessing.get_context("spawn")
+    clips_counted = context.Value("q", 0)
+    with ProcessPoolExecutor(
+        num_workers, context, initializer=_start_worker, initargs=(clips_counted,)
+    ) as executor:
+        try:
+            # Read without its lock: a worker that was killed may hold it for ever.
+            yield partial(executor.submit, make_shard), lambda: clips_counted.get_obj().value
         except BrokenProcessPool:
             raise BuildError(
-                f"a worker process died ({len(done)} of {len(tasks)} shards are complete): "
-                "perhaps for lack of memory; run the same command again to go on, with fewer "
-                "--num-workers if it dies again"
+                f"a worker process died ({so_far()}): perhaps for lack of memory; run the same "
+                "command again to go on, with fewer --num-workers if it dies again"
             ) from None
-        except BaseException as error:
+        except BaseException:
             for process in (executor._processes or {}).values():
                 process.terminate()
             executor.shutdown(cancel_futures=True)
-            if isinstance(error, OSError) and error.errno in _NO_SPACE:
-                raise BuildError(
-                    f"{cli.describe_os_error(error)} ({len(done)} of {len(tasks)} shards are "
-                    "complete): make space and run the same command again to go on"
-                ) from None
             raise
 
 
-def _run_tasks(executor: Executor, tasks: list[ShardTask], on_wait):
-    """Yield each shard's entry as it is finished, by any executor."""
+@contextmanager
+def _signals_noted() -> Iterator[Callable[[], None]]:
+    """Note SIGTERM and Ctrl-C, and give a function that raises them.
+
+    Raised wherever they come they would leave a future's lock held, and its pool could not end.
+    """
+    noted = []
+
+    def check() -> None:
+        if signal.SIGTERM in noted:
+            raise Interrupted("terminated: run the same command again to go on", signal.SIGTERM)
+        if noted:
+            raise KeyboardInterrupt
+
+    earlier = {}
+    if threading.current_thread() is threading.main_thread():  # only there they can be handled
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                earlier[number] = signal.signal(number, lambda number, _: noted.append(number))
+    try:
+        yield check
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _run_tasks(submit: Callable, tasks: list[ShardTask], on_wait: Callable) -> Iterator[dict]:
+    """Yield each shard's entry as it is finished, by whatever gives futures."""
     # Workers start here and inherit what is blocked: Ctrl-C is for us, who then end them.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    pending = {executor.submit(make_shard, task) for task in tasks}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        pending = {submit(task) for task in tasks}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     while pending:
         finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+        on_wait()  # first: a signal may have been for our workers too, who have died of it
         for future in finished:
             yield future.result()
-        on_wait()
 
 
 _clips_counted = None  # of this worker's pool: clips finished by all its workers
@@ -425,11 +539,6 @@ def _count_clip() -> None:
     if _clips_counted is not None:
         with _clips_counted.get_lock():
             _clips_counted.value += 1
-
-
-def _show(bar: "tqdm", num_done: int, clips_counted) -> None:
-    # Read without its lock: a worker that was killed may hold it for ever.
-    bar.update(num_done + clips_counted.get_obj().value - bar.n)
 
 
 def _gather(tasks: list[ShardTask], done: dict[str, dict], tags, options: dict) -> dict:
@@ -471,6 +580,10 @@ def _only_build(folder: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BuildError(f"{folder}: another build is at work here") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            cli.say(f"{folder}: cannot be locked ({error.strerror}): start no second build in it")
         yield
 
 
@@ -489,12 +602,19 @@ def _check_options(folder: Path, options: dict, tables: list[Path]) -> None:
             what = (
                 f"{tables[0].name if len(tables) == 1 else 'a table'} has changed since"
                 if name == "annotations_sha256"
-                else f"--{name.replace('_', '-')} was {earlier.get(name)}, now {value}"
+                else f"--{name.replace('_', '-')} was {_as_typed(earlier.get(name))}, now "
+                f"{_as_typed(value)}"
             )
             raise BuildError(
                 f"{folder}: holds shards of another build: {what}: use the same options, or "
                 "delete this folder to build afresh"
             )
+
+
+def _as_typed(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _finished_shards(folder: Path, progress_dir: Path, tasks: list[ShardTask]) -> dict[str, dict]:
@@ -527,7 +647,8 @@ def _can_do_better(task: ShardTask, entry: dict) -> bool:
     mended = []
     for row in entry["skipped"]:
         try:
-            _decode_clip(task, row[MP3_PATH])
+            for _ in _decode_clip(task, row[MP3_PATH]):
+                pass
         except AudioError:
             continue
         mended.append(row[MP3_PATH])
@@ -549,70 +670,91 @@ def build_parser() -> argparse.ArgumentParser:
         "  python build_mtt.py --data-dir ./dataset\n"
         "  python build_mtt.py --data-dir ./dataset --num-workers 8 --num-audios-per-shard 50\n"
         "  python build_mtt.py --data-dir ./mine --annotations songs.csv --audio-dir ./songs "
-        "--split-by artist",
+        "--split-by artist --stop none\n"
+        "  python build_mtt.py --data-dir /shared/dataset --scheduler tcp://node1:8786",
     )
-    parser.add_argument(
-        "--data-dir",
-        metavar="PATH",
-        default="./dataset",
-        help=f"folder that {SHARD_FOLDER}/ is made in; holds {ANNOTATIONS_NAME} and "
-        f"{AUDIO_FOLDER}/ unless other options name them (default: ./dataset)",
+    data = parser.add_argument_group("data")
+    cli.add_data_dir(
+        data,
+        f"folder that {SHARD_FOLDER}/ is made in; holds {ANNOTATIONS_NAME} and {AUDIO_FOLDER}/ "
+        "unless other options name them",
     )
-    parser.add_argument(
-        "--sample-rate",
-        metavar="HZ",
-        type=cli.positive_int,
-        default=22050,
-        help="rate to resample to (default: 22050)",
-    )
-    parser.add_argument(
-        "--num-samples",
-        metavar="N",
-        type=cli.positive_int,
-        default=59049,
-        help="samples a segment (default: 59049)",
-    )
-    parser.add_argument(
-        "--num-audios-per-shard",
-        metavar="N",
-        type=cli.positive_int,
-        default=100,
-        help="clips a shard (default: 100)",
-    )
-    parser.add_argument(
-        "--num-workers",
-        metavar="N",
-        type=cli.positive_int,
-        default=None,
-        help="processes that decode (default: one a core)",
-    )
-    parser.add_argument(
-        "--decoder",
-        choices=DECODERS,
-        default="av",
-        help="library to decode with; the samples are the same (default: av)",
-    )
-    parser.add_argument(
-        "--encoding",
-        choices=ENCODINGS,
-        default="float32",
-        help="how shards store samples: int16 takes half the space and rounds to 2^-16 of full "
-        "scale, and the published program cannot read it (default: float32)",
-    )
-    parser.add_argument(
+    add = data.add_argument
+    add(
         "--num-tags",
         metavar="N",
         type=cli.positive_int,
         default=NUM_TAGS,
         help="most frequent tags to keep, fewer where there are fewer (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--max-skipped",
         metavar="PERCENT",
         type=cli.percentage,
         default=5.0,
         help="clips that may be skipped; beyond that the shards are complete, but the exit status "
         "is 1 (default: 5)",
+    )
+    shards = parser.add_argument_group("shards")
+    add = shards.add_argument
+    add(
+        "--sample-rate",
+        metavar="HZ",
+        type=cli.positive_int,
+        default=22050,
+        help="rate to resample to (default: 22050)",
+    )
+    add(
+        "--num-samples",
+        metavar="N",
+        type=cli.positive_int,
+        default=59049,
+        help="samples a segment (default: 59049)",
+    )
+    add(
+        "--stop",
+        metavar="SECONDS",
+        type=cli.seconds_or_none,
+        default=CLIP_SECONDS,
+        help="where to cut the audio, from its start; none for whole tracks of any length "
+        f"(default: {CLIP_SECONDS:g})",
+    )
+    add(
+        "--num-audios-per-shard",
+        metavar="N",
+        type=cli.positive_int,
+        default=100,
+        help="clips a shard (default: 100)",
+    )
+    add(
+        "--encoding",
+        choices=ENCODINGS,
+        default="float32",
+        help="how shards store samples: int16 takes half the space and rounds to 2^-16 of full "
+        "scale, and the published program cannot read it (default: float32)",
+    )
+    machine = parser.add_argument_group("machine")
+    add = machine.add_argument
+    add(
+        "--num-workers",
+        metavar="N",
+        type=cli.positive_int,
+        default=None,
+        help="processes that decode (default: one a core)",
+    )
+    add(
+        "--scheduler",
+        metavar="ADDRESS",
+        default=None,
+        help="make the shards on the workers of a Dask cluster, this being its scheduler's address "
+        "(default: on this machine's processes)",
+    )
+    add(
+        "--decoder",
+        choices=DECODERS,
+        default="av",
+        help="library to decode with; the samples are the same, but madmom holds a whole file in "
+        "memory (default: av)",
     )
     own = parser.add_argument_group("your own data")
     own.add_argument(
@@ -680,7 +822,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0,
         help="seed of --split-by (default: 0)",
     )
-    return parser
+    return cli.add_general(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -695,6 +837,7 @@ def _build(arguments: argparse.Namespace) -> int:
         num_samples=arguments.num_samples,
         num_audios_per_shard=arguments.num_audios_per_shard,
         num_workers=arguments.num_workers,
+        stop=arguments.stop,
         decoder=arguments.decoder,
         encoding=arguments.encoding,
         annotations=arguments.annotations,
@@ -709,23 +852,28 @@ def _build(arguments: argparse.Namespace) -> int:
             split_by=arguments.split_by,
             split_seed=arguments.split_seed,
         ),
+        scheduler=arguments.scheduler,
     )
     for skipped in manifest["skipped"]:
         cli.say(f"skipped clip {skipped[CLIP_ID]}: {skipped['reason']}")
     for split, found in manifest["splits"].items():
         cli.say(
-            f"{split}: {found['clips']} clips, {found['segments']} segments, "
-            f"{len(found['shards'])} shards"
+            f"{split}: {cli.count(found['clips'], 'clip')}, "
+            f"{cli.count(found['segments'], 'segment')}, {cli.count(len(found['shards']), 'shard')}"
         )
+    folder = Path(arguments.data_dir) / SHARD_FOLDER
+    shards = [
+        folder / entry["name"] for found in manifest["splits"].values() for entry in found["shards"]
+    ]
     cli.say(
-        f"{Path(arguments.data_dir) / SHARD_FOLDER}: complete in "
-        f"{time.monotonic() - started:.0f} s, {len(manifest['skipped'])} clips skipped"
+        f"{folder}: complete in {cli.duration(time.monotonic() - started)}, "
+        f"{cli.size_on_disk(*shards)}, {cli.count(len(manifest['skipped']), 'clip')} skipped"
     )
     num_skipped = len(manifest["skipped"])
     num_clips = num_skipped + sum(found["clips"] for found in manifest["splits"].values())
     if 100 * num_skipped > arguments.max_skipped * num_clips:
         cli.say(
-            f"{Path(sys.argv[0]).name}: error: {num_skipped} of {num_clips} clips "
+            f"{Path(sys.argv[0]).name}: error: {num_skipped:,} of {num_clips:,} clips "
             f"({100 * num_skipped / num_clips:.1f} %) were skipped, more than --max-skipped "
             f"{arguments.max_skipped:g}: the shards are complete without them; put the files in "
             "their place and run the same command again, or allow more"
@@ -735,4 +883,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By its own name, under which workers know its tasks.
+    import build_mtt
+
+    sys.exit(build_mtt.main())

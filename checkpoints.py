@@ -519,18 +519,15 @@ def build_parser() -> argparse.ArgumentParser:
         "  python checkpoints.py se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras\n"
         "  python checkpoints.py log/4 se-multi.onnx",
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a .hdf5, .h5 or .keras file, or a stage's folder for its best checkpoint",
-    )
-    parser.add_argument(
+    files = parser.add_argument_group("model files")
+    cli.add_model(files)
+    files.add_argument(
         "output",
         metavar="OUTPUT",
         help="the .keras or .onnx file, the .savedmodel folder (TensorFlow) or the .tflite file "
         "(LiteRT) to write",
     )
-    return parser
+    return cli.add_general(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -543,18 +540,21 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{output}: expected a name that ends in .keras, {', '.join(FORMS)}")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
+    cli.check_model(arguments.model_path)
     cli.import_quietly("keras")
-    checkpoint = load(arguments.model)
+    checkpoint = load(arguments.model_path)
     config = checkpoint.config
+    cli.say(
+        f"{arguments.model_path}: {config.block} blocks{', multi-level' if config.multi else ''}, "
+        f"{cli.count(config.init_features, 'feature')}, {cli.count(config.num_tags, 'tag')}"
+    )
+    compared = ""
     if output.suffix == ".keras":
         save(output, checkpoint)
     else:
         difference = export(output, checkpoint)
-        cli.say(f"{output}: differs from the network by at most {difference:.1e}")
-    cli.say(
-        f"{output}: {config.block} blocks{', multi-level' if config.multi else ''}, "
-        f"{config.init_features} features, {config.num_tags} tags"
-    )
+        compared = f", differs from the network by at most {difference:.1e}"
+    cli.say(f"{output}: {cli.size_on_disk(output)}{compared}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What scripts share at the command line: argument types, quiet libraries, errors, exit status."""
+"""What scripts share at the command line: options and their types, quiet libraries, progress, how
+durations and sizes are said, errors, exit status.
+"""
 
 import argparse
 import importlib
@@ -14,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import minimum_python  # noqa: F401  # first: the rest needs a later Python
-from errors import ToolkitError
+from errors import ToolkitError, UsageError
 
 from tqdm import tqdm
 
@@ -25,8 +27,11 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
+# --- Options -------------------------------------------------------------------------------------
+
+
 def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """Make a parser with the look and the ``--verbose`` that every script has.
+    """Make a parser with the look that every script has; `add_general` completes it.
 
     Parameters
     ----------
@@ -35,15 +40,74 @@ def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
     examples : str
         Commands that work as typed, shown at the end of ``--help``.
     """
-    parser = argparse.ArgumentParser(
+    return argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument(
-        "--verbose", action="store_true", help="on an error, show the traceback too (default: off)"
-    )
+
+
+def add_general(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--help`` and ``--verbose``, a group that stands last, and give the parser back."""
+    add = parser.add_argument_group("general").add_argument
+    add("-h", "--help", action="help", help="show this help and end")
+    add("--verbose", action="store_true", help="on an error, show the traceback too (default: off)")
     return parser
+
+
+def add_model(
+    group: argparse._ArgumentGroup,
+    name: str = "model_path",
+    what: str = "a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint",
+    **options,
+) -> None:
+    """Add the model to read, a positional argument; `check_model` looks whether it is there.
+
+    Parameters
+    ----------
+    group : argparse group
+        Where.
+    name : str
+        Of the attribute.
+    what : str
+        Its help line.
+    **options
+        As for ``add_argument``.
+    """
+    group.add_argument(name, metavar="MODEL", help=what, **options)
+
+
+def check_model(path: str | Path) -> None:
+    """Refuse a model that is not there, before the slow imports.
+
+    Raises
+    ------
+    UsageError
+        There is no such file or folder.
+    """
+    if not Path(path).exists():
+        raise UsageError(f"{path}: no such model file")
+
+
+def add_data_dir(
+    group: argparse._ArgumentGroup, what: str = "folder of the dataset, which holds tfrecord/"
+) -> None:
+    """Add ``--data-dir``; `what` is its help line without the default."""
+    group.add_argument(
+        "--data-dir", metavar="PATH", default="./dataset", help=f"{what} (default: ./dataset)"
+    )
+
+
+def add_batch_size(group: argparse._ArgumentGroup, default: int) -> None:
+    """Add ``--batch-size``, in segments."""
+    group.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive_int,
+        default=default,
+        help=f"segments a batch (default: {default})",
+    )
 
 
 def positive_int(text: str) -> int:
@@ -66,6 +130,14 @@ def non_negative_float(text: str) -> float:
     return _number(float, text, lambda value: 0 <= value < float("inf"), "a number of at least 0")
 
 
+def seconds_or_none(text: str) -> float | None:
+    """Parse a finite number of seconds above 0, or ``none``."""
+    if text == "none":
+        return None
+    wanted = "a number of seconds above 0, or none"
+    return _number(float, text, lambda value: 0 < value < float("inf"), wanted)
+
+
 def rate(text: str) -> float:
     """Parse a share in [0, 1), such as a dropout rate or a momentum."""
     return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
@@ -84,6 +156,9 @@ def _number(kind: type, text: str, is_valid: Callable, wanted: str):
     if value is None or not is_valid(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return value
+
+
+# --- Libraries and talk --------------------------------------------------------------------------
 
 
 def import_quietly(*modules: str) -> None:
@@ -116,10 +191,12 @@ def chatter_held() -> Iterator[None]:
         try:
             yield
         except BaseException:
+            sys.stderr.flush()
             said.seek(0)
             os.write(standard_error, said.read())
             raise
         finally:
+            sys.stderr.flush()
             os.dup2(standard_error, 2)
             os.close(standard_error)
 
@@ -134,9 +211,16 @@ def progress(iterable=None, **options) -> tqdm:
     **options
         As for ``tqdm.tqdm``.
     """
-    if sys.stderr.isatty():
+    # TQDM_COLOUR would put escape codes into logs, and colour where NO_COLOR is set.
+    options = {"colour": None} | options
+    if sys.stderr.isatty() or _is_notebook(sys.stderr):
         return tqdm(iterable, **options)
     return _LogProgress(iterable, **{"mininterval": 30, "maxinterval": 30, "ncols": 0} | options)
+
+
+def _is_notebook(stream) -> bool:
+    """Tell Jupyter's cells, no terminal, but they draw a line again as one does."""
+    return type(stream).__module__ == "ipykernel.iostream"
 
 
 class _LogProgress(tqdm):
@@ -156,10 +240,50 @@ class _LogProgress(tqdm):
         super().close()
 
 
+def count(number: int, what: str) -> str:
+    """Say how many, as ``1 clip`` or ``15,250 clips``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the two units that matter, as ``8 s``, ``3 min 5 s`` or ``2 h 4 min``."""
+    if seconds < 1:
+        return "under 1 s"
+    if round(seconds) < 3600:
+        numbers, units = divmod(round(seconds), 60), ("min", "s")
+    else:
+        numbers, units = divmod(round(seconds / 60), 60), ("h", "min")
+    parts = zip(numbers, units, strict=True)
+    return " ".join(f"{number:,} {unit}" for number, unit in parts if number)
+
+
+def size(num_bytes: int) -> str:
+    """Say a number of bytes, as ``871 bytes``, ``3.4 MB`` or ``50 GB``, by thousands."""
+    if num_bytes < 1000:
+        return count(num_bytes, "byte")
+    value = float(num_bytes)
+    for unit in ("kB", "MB", "GB"):
+        value /= 1000
+        if value < 999.5:
+            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+    return f"{value / 1000:,.1f} TB"
+
+
+def size_on_disk(*paths: str | Path) -> str:
+    """Say the size of files, and of all files in folders."""
+    files = []
+    for path in map(Path, paths):
+        files += [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return size(sum(file.stat().st_size for file in files))
+
+
 def say(message: str) -> None:
     """Talk to the person at the terminal; standard output is kept for data."""
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
+
+
+# --- Running a stage -----------------------------------------------------------------------------
 
 
 def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:

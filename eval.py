@@ -76,12 +76,12 @@ def evaluate(
     network.compile(jit_compile=compiles_faster(checkpoint.config.block))
 
     clips, predictions = [], []
+    read = read_clips(test.shards, dataset.num_samples, len(dataset.tags))
     shown = cli.progress(
-        read_clips(test.shards, dataset.num_samples, len(dataset.tags)),
+        predict_clips(network, read, batch_size),
         total=test.num_clips, unit="clip", desc="evaluating",
     )  # fmt: skip
-    for clip, (outputs,) in predict_clips(network, shown, batch_size):
-        clip.segments = clip.segments[:0].copy()  # a view would keep all the test audio
+    for clip, (outputs,) in shown:
         clips.append(clip)
         predictions.append(clip_mean(outputs))
     predictions = np.array(predictions)
@@ -289,41 +289,33 @@ def build_parser() -> argparse.ArgumentParser:
         "  python eval.py log/4 --report ./report\n"
         "  python eval.py log/4 log-rese/4 --report ./report",
     )
-    parser.add_argument(
+    data = parser.add_argument_group("model and data")
+    cli.add_model(
+        data,
         "model_paths",
-        metavar="MODEL_PATH",
+        "a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint; several are "
+        "compared with the first",
         nargs="+",
-        help="a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint; several "
-        "are compared with the first",
     )
-    parser.add_argument(
-        "--data-dir",
-        metavar="PATH",
-        default="./dataset",
-        help="folder of the dataset, which holds tfrecord/ (default: ./dataset)",
-    )
-    parser.add_argument(
+    cli.add_data_dir(data)
+    machine = parser.add_argument_group("machine")
+    cli.add_batch_size(machine, DEFAULT_BATCH_SIZE)
+    output = parser.add_argument_group("output")
+    output.add_argument(
         "--report",
         metavar="DIR",
         default=None,
         help="write metrics.json, per_tag.csv, per_tag.png and predictions.csv here, those of "
         "several models in a folder each, beside comparison.json, .csv and .png (default: no)",
     )
-    parser.add_argument(
+    output.add_argument(
         "--seed",
         metavar="N",
         type=cli.non_negative_int,
         default=0,
-        help="seed of the bootstrap (default: 0)",
+        help="seed of the bootstrap, which gives the intervals (default: 0)",
     )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=cli.positive_int,
-        default=DEFAULT_BATCH_SIZE,
-        help=f"segments a batch (default: {DEFAULT_BATCH_SIZE})",
-    )
-    return parser
+    return cli.add_general(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -332,8 +324,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     for model_path in arguments.model_paths:
-        if not Path(model_path).exists():
-            raise UsageError(f"{model_path}: no such model file")
+        cli.check_model(model_path)
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
     cli.import_quietly("keras")
     names = model_names(arguments.model_paths)
@@ -345,8 +336,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
         if (left_out := unscored(tags, scores)) and not all_scores:
             cli.say(
-                f"{len(left_out)} tags without both classes in the test clips are left out of the "
-                f"averages: {', '.join(left_out)}"
+                f"{cli.count(len(left_out), 'tag')} without both classes in the test clips left "
+                f"out of the averages: {', '.join(left_out)}"
             )
         whose = "" if is_alone else f" ({name})"
         print(f"=> @ ROC AUC score: {scores.macro_roc_auc:.4f}{whose}")

@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from errors import UsageError
@@ -68,7 +68,7 @@ def predict_clips(
     model : keras.Model
         From segments to one or several arrays of one row a segment.
     clips : iterable of Clip
-        Clips of any number of segments.
+        Clips of any number of segments, long ones in parts (see `input_data.read_clips`).
     batch_size : int
         Segments a batch; the last one is filled up with silence, so that a compiled model sees
         one shape only.
@@ -78,11 +78,11 @@ def predict_clips(
     Yields
     ------
     clip : Clip
-        In the order given.
+        In the order given, whole, and without its segments: they are let go as they are predicted.
     outputs : list of np.ndarray [shape=(n_segments, n_features), dtype=float32]
-        The model's outputs for the clip's segments.
+        The model's outputs for the clip's segments, those of all its parts.
     """
-    waiting = deque()  # (clip, its segments still to come, rows of each output so far)
+    waiting = deque()  # [clip, its segments so far, rows of each output so far]
     batch = np.zeros((batch_size, model.input_shape[1]), np.float32)
     owners = []
 
@@ -96,14 +96,16 @@ def predict_clips(
         after_batch()
 
     for clip in clips:
-        owner = (clip, len(clip.segments), [])
-        waiting.append(owner)
+        if clip.part == 0:  # so the clips before it are whole
+            yield from _finished(waiting)
+            waiting.append([replace(clip, segments=clip.segments[:0].copy()), 0, []])
+        owner = waiting[-1]
+        owner[1] += len(clip.segments)
         for segment in clip.segments:
             batch[len(owners)] = segment
             owners.append(owner)
             if len(owners) == batch_size:
                 flush()
-        yield from _finished(waiting)
     if owners:
         flush()
     yield from _finished(waiting)

@@ -122,7 +122,10 @@ def _export_onnx(path: Path, checkpoint: "Checkpoint") -> float:
 
     num_bytes = sum(weight.nbytes for weight in checkpoint.network.get_weights())
     if num_bytes > _MAX_PROTOBUF_BYTES:
-        raise ExportError(f"{path}: not written: {num_bytes} bytes of weights, ONNX takes 2 GiB")
+        raise ExportError(
+            f"{path}: not written: {cli.size(num_bytes)} of weights, ONNX takes "
+            f"{cli.size(_MAX_PROTOBUF_BYTES)}"
+        )
     content = build_onnx(checkpoint).SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     largest = _difference(
@@ -192,12 +195,12 @@ class _Graph:
 
     def add(self, layer) -> None:
         kind = type(layer).__name__
-        write = getattr(self, f"_{kind.lower()}", None)
-        if write is None:
-            raise ExportError(f"layer {layer.name}: no ONNX is known for {kind}")
         if kind == "InputLayer":
             self.names[id(layer.output)] = layer.name
             return
+        write = getattr(self, f"_{kind.lower()}", None)
+        if write is None:
+            raise ExportError(f"layer {layer.name}: no ONNX is known for {kind}")
         tensors = layer.input if isinstance(layer.input, list) else [layer.input]
         inputs = [self.names[id(tensor)] for tensor in tensors]
         self.names[id(layer.output)] = write(layer, inputs)
@@ -222,9 +225,6 @@ class _Graph:
             self.array(f"{layer.name}/{name}", value.T if value.ndim == 3 else value)
             for name, value in zip(names, values, strict=True)
         ]
-
-    def _inputlayer(self, layer, inputs):
-        raise NotImplementedError  # `add` has it
 
     def _conv1d(self, layer, inputs):
         frames, (width,), (stride,) = layer.input.shape[1], layer.kernel_size, layer.strides

@@ -67,11 +67,12 @@ def extract(
     excitations.compile(jit_compile=compiles_faster(checkpoint.config.block))
 
     means, labels, identities = [], [], []
+    read = read_clips(test.shards, dataset.num_samples, len(dataset.tags))
     shown = cli.progress(
-        read_clips(test.shards, dataset.num_samples, len(dataset.tags)),
+        predict_clips(excitations, read, batch_size),
         total=test.num_clips, unit="clip", desc="extracting",
     )  # fmt: skip
-    for clip, outputs in predict_clips(excitations, shown, batch_size):
+    for clip, outputs in shown:
         for depth, output in enumerate(outputs):
             means.append((clip_mean(output).astype(np.float32), depth))
             labels.append(clip.labels)
@@ -133,32 +134,24 @@ def build_parser() -> argparse.ArgumentParser:
         "  python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5\n"
         "  python extract_excitations.py log/4 --out ./excitations.pkl",
     )
-    parser.add_argument(
-        "model_path",
-        metavar="MODEL_PATH",
-        help="a .keras, .hdf5 or .h5 file of se or rese blocks, or a stage's folder",
+    data = parser.add_argument_group("model and data")
+    cli.add_model(
+        data,
+        what="a .keras, .hdf5 or .h5 file of se or rese blocks, or a stage's folder for its best "
+        "checkpoint",
     )
-    parser.add_argument(
-        "--data-dir",
-        metavar="PATH",
-        default="./dataset",
-        help="folder of the dataset, which holds tfrecord/ (default: ./dataset)",
-    )
-    parser.add_argument(
+    cli.add_data_dir(data)
+    machine = parser.add_argument_group("machine")
+    cli.add_batch_size(machine, DEFAULT_BATCH_SIZE)
+    output = parser.add_argument_group("output")
+    output.add_argument(
         "--out",
         metavar="PATH",
         default="./excitations.pkl",
         help="file to write: .parquet for Parquet, which is safe to read from anyone, or a pickle "
         "(default: ./excitations.pkl)",
     )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=cli.positive_int,
-        default=DEFAULT_BATCH_SIZE,
-        help=f"segments a batch (default: {DEFAULT_BATCH_SIZE})",
-    )
-    return parser
+    return cli.add_general(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,8 +159,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _extract(arguments: argparse.Namespace) -> None:
-    if not Path(arguments.model_path).exists():
-        raise UsageError(f"{arguments.model_path}: no such model file")
+    cli.check_model(arguments.model_path)
     output = Path(arguments.out)
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
@@ -175,8 +167,12 @@ def _extract(arguments: argparse.Namespace) -> None:
     cli.import_quietly("keras")
     table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
     write(output, table)
-    num_clips = len(table) // table["depth"].nunique()
-    cli.say(f"{output}: {len(table)} rows, {num_clips} clips at {table['depth'].nunique()} depths")
+    num_depths = table["depth"].nunique()
+    cli.say(
+        f"{output}: {cli.count(len(table), 'row')}, "
+        f"{cli.count(len(table) // num_depths, 'clip')} at {num_depths} depths, "
+        f"{cli.size_on_disk(output)}"
+    )
 
 
 if __name__ == "__main__":

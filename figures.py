@@ -1,20 +1,23 @@
-"""Pictures of scores and of training, 830 pixels wide.
+"""Pictures of scores, of training and of tags over time, 830 pixels wide.
 
 Figures are drawn without pyplot, so that nothing of a screen or a thread is needed.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from evaluation import CONFIDENCE, Resamples, Scores, interval
+from evaluation import CONFIDENCE, Resamples, Scores, clip_mean, interval
+from input_data import write_atomically
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PICTURE_FORMATS = (".png", ".svg", ".pdf")  # endings that `plot_taggram` takes
 # A picture of 830 pixels, in inches of 100.
 _WIDTH = 8.3
 _DPI = 100
@@ -259,3 +262,57 @@ def plot_comparison(
         handles, labels, loc="outside upper center", ncols=min(num_models, 3), frameon=False
     )
     figure.savefig(path)
+
+
+def plot_taggram(
+    path: str | Path,
+    tags: tuple[str, ...],
+    probabilities: np.ndarray,
+    starts: np.ndarray,
+    segment_seconds: float,
+    title: str = "",
+    top: int = 10,
+) -> None:
+    """Draw tags over time as a heat map.
+
+    Parameters
+    ----------
+    path : str or Path
+        Picture to write; its ending is one of `PICTURE_FORMATS`.
+    tags : tuple of str
+        In model order.
+    probabilities : np.ndarray [shape=(n_segments, n_tags)]
+        Of each segment.
+    starts : np.ndarray [shape=(n_segments,)]
+        Where each segment starts, in seconds.
+    segment_seconds : float
+        Length of a segment; where segments overlap, each is drawn about its middle.
+    title : str
+        Stands above.
+    top : int
+        How many tags, those of largest mean.
+    """
+    from matplotlib.figure import Figure
+
+    order = np.argsort(-clip_mean(probabilities), kind="stable")[:top]
+    step = starts[1] - starts[0] if len(starts) > 1 else segment_seconds
+    left = starts[0] + (segment_seconds - step) / 2
+    height = 1.5 + 0.22 * len(order)
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        probabilities[:, order].T,
+        # viridis: perceptually uniform, and told apart by colour-blind readers.
+        cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
+        extent=(left, left + step * len(starts), len(order) - 0.5, -0.5),
+    )  # fmt: skip
+    axes.set_yticks(range(len(order)), [tags[tag] for tag in order], parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylabel("tag, by mean probability")
+    axes.set_xlabel("time (s)")
+    title = title if len(title) <= 90 else f"{title[:89]}…"
+    axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
+    figure.colorbar(image, ax=axes, label="probability", pad=0.02)
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:].lower())
+    write_atomically(Path(path), content.getvalue())

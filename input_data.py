@@ -2,7 +2,8 @@
 
 A shard is a TFRecord file: per record a little-endian uint64 length, its masked CRC-32C, the
 bytes, and their masked CRC-32C. Training and validation shards hold one ``tf.train.Example`` a
-segment, test shards one ``tf.train.SequenceExample`` a clip:
+segment, test shards one ``tf.train.SequenceExample`` a clip, or of a clip longer than
+`audio.PART_SAMPLES` one a part:
 
 ==============  ==========================================  ===============================
 feature         ``Example`` (train, val)                    ``SequenceExample`` (test)
@@ -15,7 +16,8 @@ encoding        bytes, only where samples are not float32   the same, in the con
 ==============  ==========================================  ===============================
 
 ``manifest.json`` beside the shards says what they hold. Shards without one, as the published
-program leaves them, are counted from their record headers.
+program leaves them, are counted from their record headers, and test clips by their names where
+records have them.
 
 Nothing here needs TensorFlow: records are random-accessed by an index of their headers, so an
 epoch is a perfect shuffle that holds a few batches in memory.
@@ -24,16 +26,20 @@ epoch is a perfect shuffle that holds a few batches in memory.
 import json
 import os
 import re
+import resource
+import secrets
+import socket
 import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 from annotations import ANNOTATIONS_NAME, MTT_TOP_TAGS, SPLITS, missing_dataset_message, read_mtt
+from audio import segments_a_part
 from errors import AnnotationsError, ShardError, name_file
 
 import google_crc32c
@@ -55,16 +61,17 @@ ENCODING_FEATURE = "encoding"
 # How samples are stored. As int16 they take half the space and are rounded to the nearest of
 # 65,536 levels: at most 2^-16 away, or clipped where a resampled peak goes over full scale.
 ENCODINGS = ("float32", "int16")
-_INT16_SCALE = 32768
+INT16_SCALE = 32768
 
 _SHARD_NAME = re.compile(r"(train|val|test)-(\d{4,})-of-(\d{4,})(\.seq)?\.tfrecord")
+_OTHER_FILES = 256  # open beside the shards
 _HEADER = struct.Struct("<QI")  # length, masked CRC of the length
 _FOOTER = struct.Struct("<I")  # masked CRC of the bytes
 
 
 @dataclass
 class Clip:
-    """A clip as the shards hold it.
+    """A clip as the shards hold it, or a part of a long one.
 
     Attributes
     ----------
@@ -74,12 +81,15 @@ class Clip:
         1 where the clip carries the tag.
     clip_id, mp3_path : str
         Its identity; empty in shards of the published program.
+    part : int
+        0 for a clip, or its first part; a part that follows goes on with the clip before it.
     """
 
     segments: np.ndarray
     labels: np.ndarray
     clip_id: str = ""
     mp3_path: str = ""
+    part: int = 0
 
 
 @dataclass
@@ -193,12 +203,12 @@ def write_manifest(folder: str | Path, manifest: dict) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to the disk, then give it its name."""
-    with _written_whole(path) as file:
+    with written_whole(path) as file:
         file.write(content)
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[BinaryIO]:
+def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Give a temporary file to write, and give it its name when all is written and flushed."""
     temporary = _temporary(path)
     try:
@@ -216,8 +226,10 @@ def _written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def _temporary(path: Path) -> Path:
-    # Of this process alone: a worker whose parent was killed may still be writing the same shard.
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Of this writing alone: a worker that was given up, on this host or another, may still be
+    # writing the same shard.
+    writer = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{writer}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -298,10 +310,11 @@ def _check_file_sizes(paths: list[Path], entries: list[dict]) -> None:
 def _dataset_from_headers(data_dir: Path, shards: dict) -> Dataset:
     splits = {}
     for split in SPLITS:
-        count = sum(len(index_records(path)) for path in shards[split])
         if split == "test":
+            count = sum(_count_clips(path) for path in shards[split])
             splits[split] = Split(shards[split], num_clips=count, num_segments=None)
         else:
+            count = sum(len(index_records(path)) for path in shards[split])
             splits[split] = Split(shards[split], num_clips=None, num_segments=count)
     first = next(path for split in SPLITS for path in shards[split])
     clip = next(read_clips([first]), None)
@@ -368,6 +381,36 @@ def index_records(path: str | Path) -> np.ndarray:
     return np.array(records, dtype=np.int64).reshape(-1, 2)
 
 
+def _count_clips(path: str | Path) -> int:
+    """Count a test shard's clips: neighbouring records of one clip_id are one."""
+    count, previous = 0, b""
+    with open(path, "rb", buffering=0) as file:
+        for start, length in index_records(path):
+            clip_id = _peek_clip_id(file.fileno(), int(start), int(length))
+            count += not clip_id or clip_id != previous
+            previous = clip_id
+    return count
+
+
+def _peek_clip_id(fd: int, start: int, length: int) -> bytes:
+    """Read a test record's clip_id from its context, which stands first; without its samples."""
+    prefix = os.pread(fd, min(length, 11), start)  # field 1, and a length of up to ten bytes
+    if prefix[:1] != b"\x0a":
+        return b""
+    size = position = 0
+    for position, byte in enumerate(prefix[1:]):
+        size |= (byte & 0x7F) << 7 * position
+        if byte < 0x80:
+            break
+    content = os.pread(fd, min(size, length), start + position + 2)
+    try:
+        context = _messages()["Features"].FromString(content)
+    except DecodeError:
+        return b""  # who reads the record will say so
+    values = context.feature[CLIP_ID_FEATURE].bytes_list.value
+    return values[0] if values else b""
+
+
 def read_records(path: str | Path) -> Iterator[bytes]:
     """Yield the records of a shard in order, each checked against its CRC."""
     index = index_records(path)
@@ -378,12 +421,17 @@ def read_records(path: str | Path) -> Iterator[bytes]:
 
 def write_records(path: str | Path, records: Iterable[bytes]) -> None:
     """Write a shard: it appears under its name only when complete and flushed to the disk."""
-    with _written_whole(Path(path)) as file:
-        for record in records:
-            header = struct.pack("<Q", len(record))
-            file.write(header + _FOOTER.pack(_masked_crc(header)))
-            file.write(record)
-            file.write(_FOOTER.pack(_masked_crc(record)))
+    with written_whole(Path(path)) as file:
+        append_records(file, records)
+
+
+def append_records(file: BinaryIO, records: Iterable[bytes]) -> None:
+    """Write records where a shard's file stands (see `written_whole`)."""
+    for record in records:
+        header = struct.pack("<Q", len(record))
+        file.write(header + _FOOTER.pack(_masked_crc(header)))
+        file.write(record)
+        file.write(_FOOTER.pack(_masked_crc(record)))
 
 
 def encode_clip(clip: Clip, split: str, encoding: str = "float32") -> Iterator[bytes]:
@@ -392,7 +440,7 @@ def encode_clip(clip: Clip, split: str, encoding: str = "float32") -> Iterator[b
     Parameters
     ----------
     clip : Clip
-        The clip.
+        The clip, or a part of it (see `audio.cut_pieces`).
     split : {'train', 'val', 'test'}
         Which form its shard has.
     encoding : {'float32', 'int16'}
@@ -405,10 +453,10 @@ def encode_clip(clip: Clip, split: str, encoding: str = "float32") -> Iterator[b
     }
     if encoding == "int16":
         context[ENCODING_FEATURE] = encoding.encode()
-        levels = np.clip(np.rint(clip.segments * _INT16_SCALE), -_INT16_SCALE, _INT16_SCALE - 1)
-        segments = [segment.tobytes() for segment in levels.astype("<i2")]
+        levels = np.clip(np.rint(clip.segments * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1)
+        segments = (segment.tobytes() for segment in levels.astype("<i2"))
     else:
-        segments = [np.ascontiguousarray(segment, "<f4").tobytes() for segment in clip.segments]
+        segments = (np.ascontiguousarray(segment, "<f4").tobytes() for segment in clip.segments)
     if split == "test":
         record = _messages()["SequenceExample"]()
         for name, value in context.items():
@@ -441,8 +489,9 @@ def read_clips(
     Yields
     ------
     Clip
-        Consecutive segments of one ``clip_id`` make a clip; a segment that does not say its clip
-        (the published training shards) is yielded alone.
+        Consecutive segments of one ``clip_id`` make a clip, which comes in several parts where it
+        is longer than `audio.PART_SAMPLES`; a segment that does not say its clip (the published
+        training shards) is yielded alone.
 
     Raises
     ------
@@ -451,27 +500,30 @@ def read_clips(
     """
     for path in shards:
         is_sequence = str(path).endswith(".seq.tfrecord")
-        pending = None
+        pending, num_pending = [], 0  # a part, which is yielded once it is known to be whole
         for number, record in enumerate(read_records(path)):
             clip = (_decode_sequence if is_sequence else _decode_example)(record, path, number)
+            del record  # or it would be held while the next is read
             num_samples = clip.segments.shape[1] if num_samples is None else num_samples
             num_tags = len(clip.labels) if num_tags is None else num_tags
             _check_shape(clip, num_samples, num_tags, path, number)
-            if pending is not None and clip.clip_id and clip.clip_id == pending[0].clip_id:
-                pending.append(clip)
-                continue
-            if pending is not None:
-                yield _join(pending)
-            pending = [clip]
-        if pending is not None:
+            if pending:
+                goes_on = clip.clip_id != "" and clip.clip_id == pending[0].clip_id
+                is_full = num_pending + len(clip.segments) > segments_a_part(num_samples)
+                if is_full or not goes_on:
+                    yield _join(pending)
+                    clip.part = pending[0].part + 1 if goes_on else 0
+                    pending, num_pending = [], 0
+            pending.append(clip)
+            num_pending += len(clip.segments)
+        if pending:
             yield _join(pending)
 
 
-def _join(parts: list[Clip]) -> Clip:
-    if len(parts) == 1:
-        return parts[0]
-    segments = np.concatenate([part.segments for part in parts])
-    return Clip(segments, parts[0].labels, parts[0].clip_id, parts[0].mp3_path)
+def _join(pending: list[Clip]) -> Clip:
+    if len(pending) == 1:
+        return pending[0]
+    return replace(pending[0], segments=np.concatenate([clip.segments for clip in pending]))
 
 
 def _read_record(fd: int, path: str | Path, number: int, start: int, length: int) -> bytes:
@@ -521,17 +573,22 @@ def _bytes_of(features, name: str, path: str | Path, number: int) -> bytes:
     return feature.bytes_list.value[0]
 
 
-def _samples(content: bytes, features, path: str | Path, number: int) -> np.ndarray:
+def _encoding_of(features, path: str | Path, number: int) -> str:
     encoding = "float32"
     if ENCODING_FEATURE in features:
         encoding = _bytes_of(features, ENCODING_FEATURE, path, number).decode(errors="replace")
     if encoding not in ENCODINGS:
         raise _damaged(path, number, f"samples are encoded as {encoding!r}")
+    return encoding
+
+
+def _samples(content: bytes, features, path: str | Path, number: int) -> np.ndarray:
+    encoding = _encoding_of(features, path, number)
     itemsize = np.dtype(encoding).itemsize
     if not content or len(content) % itemsize:
         raise _damaged(path, number, f"{len(content)} bytes of samples are not {encoding} values")
     if encoding == "int16":
-        return np.frombuffer(content, "<i2").astype(np.float32) / np.float32(_INT16_SCALE)
+        return np.frombuffer(content, "<i2").astype(np.float32) / np.float32(INT16_SCALE)
     return np.frombuffer(content, "<f4")
 
 
@@ -613,7 +670,7 @@ def _messages() -> dict[str, type[Message]]:
     pool.Add(file)
     return {
         name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"shard.{name}"))
-        for name in ("Example", "SequenceExample")
+        for name in ("Example", "SequenceExample", "Features")
     }
 
 
@@ -643,6 +700,7 @@ class SegmentReader:
         self.num_samples = dataset.num_samples
         self.num_tags = len(dataset.tags)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
+        _allow_open_files(len(self._paths))
         self._files = [open(path, "rb", buffering=0) for path in self._paths]  # noqa: SIM115
         indexes = list(self._threads.map(index_records, self._paths))
         # One row a segment: shard, number in the shard, offset, length.
@@ -665,6 +723,17 @@ class SegmentReader:
     @property
     def num_segments(self) -> int:
         return len(self._records)
+
+    def is_int16(self) -> bool:
+        """Whether all shards store samples as int16, by their first records."""
+        firsts = self._records[self._records[:, 1] == 0]
+        return all(self._encoding(row) == "int16" for row in firsts)
+
+    def _encoding(self, row: np.ndarray) -> str:
+        shard, number, start, length = (int(value) for value in row)
+        path = self._paths[shard]
+        record = _read_record(self._files[shard].fileno(), path, number, start, length)
+        return _encoding_of(_parse("Example", record, path, number).features.feature, path, number)
 
     def close(self) -> None:
         """Close the shards and end the threads."""
@@ -729,6 +798,16 @@ class SegmentReader:
                 yield pending.pop(0).result()
         for batch in pending:
             yield batch.result()
+
+
+def _allow_open_files(num_files: int) -> None:
+    """Raise this process's limit of open files, as far as it may, for so many beside the usual."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = num_files + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def shuffled_order(num_segments: int, seed: int, stage: int, epoch: int) -> np.ndarray:

@@ -1269,14 +1269,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  python make_demo_dataset.py --out demo/dataset\n"
         "  python make_demo_dataset.py --out demo/dataset --clips 160 --seed 1 --num-workers 2",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo/dataset"),
-        metavar="PATH",
-        help="folder to write to (default: demo/dataset)",
-    )
-    parser.add_argument(
+    data = parser.add_argument_group("data")
+    data.add_argument(
         "--clips",
         type=cli.positive_int,
         default=DEFAULT_CLIPS,
@@ -1284,27 +1278,40 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"number of clips, at least {MIN_CLIPS}; from 160 up every top tag has positives "
         f"(default: {DEFAULT_CLIPS})",
     )
-    parser.add_argument(
+    data.add_argument(
         "--seed",
         type=cli.non_negative_int,
         default=0,
         metavar="N",
         help="seed; the same one gives the same bytes (default: 0)",
     )
-    parser.add_argument(
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
         "--num-workers",
         type=cli.positive_int,
         default=None,
         metavar="N",
         help="processes (default: one a CPU core)",
     )
-    return parser
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo/dataset"),
+        metavar="PATH",
+        help="folder to write to (default: demo/dataset)",
+    )
+    return cli.add_general(parser)
 
 
 def _stage(arguments: argparse.Namespace) -> None:
     clips = make_demo_dataset(arguments.out, arguments.clips, arguments.seed, arguments.num_workers)
     num_tags = len(frozenset().union(*(clip.tags for clip in clips)))
-    cli.say(f"made {len(clips)} clips of 29 s with {num_tags} tags in {arguments.out}")
+    mp3s = [arguments.out / "mp3" / clip.mp3_path for clip in clips]
+    cli.say(
+        f"{arguments.out}: {cli.count(len(clips), 'clip')} of 29 s with "
+        f"{cli.count(num_tags, 'tag')}, {cli.size_on_disk(*mp3s)}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -248,8 +248,8 @@ def build_excitations(network: keras.Model) -> keras.Model:
 def compiles_faster(block: str) -> bool:
     """Whether compiling this network by XLA pays on the backend and device at hand.
 
-    On TensorFlow's CPU device, compiled se and basic are the fastest, and compiled rese and res
-    an order of magnitude slower than plain (docs/performance.md).
+    On TensorFlow's CPU device, compiled se and basic are the fastest, and compiled rese trains
+    several times as slowly as plain (docs/performance.md).
     """
     if keras.backend.backend() == "tensorflow":
         return block in ("se", "basic")

@@ -4,8 +4,8 @@
     python tag.py log/4 ~/Music --json > tags.jsonl
     python tag.py log/4 song.flac --taggram song.png --hop 22050
 
-A file's probability of a tag is the mean of its segments', as in evaluation. Files are decoded
-whole and in advance, in a few threads, while the network predicts; batches go across files.
+A file's probability of a tag is the mean of its segments', as in evaluation. Files are decoded in
+advance, in one thread, long ones part by part, while the network predicts; batches go across files.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cli
-from audio import decode
+import figures
+from audio import cut_pieces, decode_pieces
 from errors import AudioError, CheckpointError, UsageError
 from evaluation import DEFAULT_BATCH_SIZE, clip_mean, predict_clips
 from input_data import Clip, write_atomically
@@ -33,8 +34,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from checkpoints import Checkpoint
 
-PICTURE_FORMATS = (".png", ".svg", ".pdf")
-_DECODING_THREADS = 4
+_FILES_AHEAD = 2
 
 
 def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
@@ -58,28 +58,6 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
         else:
             files.append((path, True))
     return files
-
-
-def cut_overlapping(samples: np.ndarray, num_samples: int, hop: int) -> np.ndarray:
-    """Cut samples into the whole segments that start every `hop` samples.
-
-    Parameters
-    ----------
-    samples : np.ndarray [shape=(n_samples,), dtype=float32]
-        Mono samples; fewer than a segment's are filled up with silence.
-    num_samples : int
-        Length of a segment, in samples.
-    hop : int
-        From the start of a segment to that of the next, in samples.
-
-    Returns
-    -------
-    np.ndarray [shape=(n_segments, num_samples), dtype=float32]
-        A read-only view of the samples; at least one segment.
-    """
-    if len(samples) < num_samples:
-        samples = np.pad(samples, (0, num_samples - len(samples)))
-    return np.lib.stride_tricks.sliding_window_view(samples, num_samples)[::hop]
 
 
 def tag_files(
@@ -123,24 +101,24 @@ def tag_files(
     network, config = checkpoint.network, checkpoint.config
     network.compile(jit_compile=compiles_faster(config.block))
     paths = [Path(path) for path in paths]
+    broken = set()  # some of them after their first parts were predicted
     found = predicted = 0
     # Of any file's segments only a sum is known before all are decoded.
     shown = cli.progress(total=len(paths), unit="file", desc="tagging", miniters=0)
 
     def clips() -> Iterator[Clip]:
         nonlocal found
-        for path, decoded in _decode_ahead(paths, checkpoint.sample_rate):
+        for path, parts in _decode_ahead(paths, checkpoint.sample_rate, config.num_samples, hop):
             try:
-                samples = decoded.result()
+                for part, segments in enumerate(parts):
+                    found += len(segments)
+                    yield Clip(segments, np.zeros(0, np.uint8), mp3_path=str(path), part=part)
             except AudioError as error:
                 if refused is None:
                     raise
                 refused(path, error)
+                broken.add(str(path))
                 shown.update()
-                continue
-            segments = cut_overlapping(samples, config.num_samples, hop or config.num_samples)
-            found += len(segments)
-            yield Clip(segments, labels=np.zeros(0, np.uint8), mp3_path=str(path))
 
     def after_batch() -> None:
         nonlocal predicted
@@ -150,27 +128,49 @@ def tag_files(
 
     with shown:
         for clip, (probabilities,) in predict_clips(network, clips(), batch_size, after_batch):
+            if clip.mp3_path in broken:
+                continue
             if not np.isfinite(probabilities).all():
                 raise CheckpointError(f"the model predicts no numbers for {clip.mp3_path}")
             shown.update()
             yield Path(clip.mp3_path), probabilities
 
 
-def _decode_ahead(paths: list[Path], sample_rate: int) -> Iterator[tuple[Path, Future]]:
-    """Decode files whole, a few at a time and not far ahead of their reader."""
-    num_threads = min(_DECODING_THREADS, os.cpu_count() or 1)
-    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+def _decode_ahead(
+    paths: list[Path], sample_rate: int, num_samples: int, hop: int | None
+) -> Iterator[tuple[Path, Iterator[np.ndarray]]]:
+    """Yield files and the parts of their segments, a part of the next ones decoded in advance."""
+
+    def rest(parts: Iterator[np.ndarray], part: Future) -> Iterator[np.ndarray]:
+        while (segments := part.result()) is not None:
+            part = threads.submit(next, parts, None)
+            yield segments
+
+    # One: PyAV takes Python's lock for each frame, and two threads decode less than one.
+    threads = ThreadPoolExecutor(1, thread_name_prefix="decode")
     waiting = deque()
     coming = iter(paths)
     try:
         while True:
-            for path in islice(coming, num_threads + 1 - len(waiting)):
-                waiting.append((path, threads.submit(decode, path, sample_rate, stop=None)))
+            for path in islice(coming, _FILES_AHEAD - len(waiting)):
+                pieces = _fill_up(decode_pieces(path, sample_rate, stop=None), num_samples)
+                parts = cut_pieces(pieces, num_samples, hop)
+                waiting.append((path, rest(parts, threads.submit(next, parts, None))))
             if not waiting:
                 return
             yield waiting.popleft()
     finally:
         threads.shutdown(cancel_futures=True)
+
+
+def _fill_up(pieces: Iterable[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
+    """Pass samples on, and silence after those that are fewer than a segment's."""
+    num_missing = num_samples
+    for piece in pieces:
+        num_missing -= len(piece)
+        yield piece
+    if num_missing > 0:
+        yield np.zeros(num_missing, np.float32)
 
 
 # --- Output --------------------------------------------------------------------------------------
@@ -200,66 +200,13 @@ def write_taggram(
     write_atomically(Path(path), content.getvalue().encode())
 
 
-def draw_taggram(
-    path: str | Path,
-    tags: tuple[str, ...],
-    probabilities: np.ndarray,
-    starts: np.ndarray,
-    segment_seconds: float,
-    title: str = "",
-    top: int = 10,
-) -> None:
-    """Draw tags over time as a heat map.
-
-    Parameters
-    ----------
-    path : str or Path
-        The picture to write; its suffix is one of `PICTURE_FORMATS`.
-    tags, probabilities, starts
-        As for `write_taggram`.
-    segment_seconds : float
-        Length of a segment; where segments overlap, each is drawn about its middle.
-    title : str
-        Stands above.
-    top : int
-        How many tags, those of largest mean.
-    """
-    from matplotlib.figure import Figure
-
-    order = _top(clip_mean(probabilities), top)
-    step = starts[1] - starts[0] if len(starts) > 1 else segment_seconds
-    left = starts[0] + (segment_seconds - step) / 2
-    figure = Figure(figsize=(8.3, 1.5 + 0.22 * len(order)), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(
-        probabilities[:, order].T,
-        # viridis: perceptually uniform, and told apart by colour-blind readers.
-        cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
-        extent=(left, left + step * len(starts), len(order) - 0.5, -0.5),
-    )  # fmt: skip
-    axes.set_yticks(range(len(order)), [tags[tag] for tag in order], parse_math=False)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylabel("tag, by mean probability")
-    axes.set_xlabel("time (s)")
-    title = title if len(title) <= 90 else f"{title[:89]}…"
-    axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
-    figure.colorbar(image, ax=axes, label="probability", pad=0.02)
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:].lower())
-    write_atomically(Path(path), content.getvalue())
-
-
-def _top(means: np.ndarray, top: int) -> np.ndarray:
-    return np.argsort(-means, kind="stable")[:top]
-
-
 def _name(path: Path) -> str:
     """A path as text that any terminal, CSV or JSON takes, were its bytes not UTF-8."""
     return os.fsencode(path).decode(errors="replace")
 
 
 def _table(path: Path, tags: tuple[str, ...], means: np.ndarray, top: int) -> str:
-    order = _top(means, top)
+    order = np.argsort(-means, kind="stable")[:top]
     width = max(len(tags[tag]) for tag in order)
     lines = [f"  {tags[tag]:<{width}}  {means[tag]:.4f}" for tag in order]
     return "\n".join([_name(path), *lines])
@@ -289,12 +236,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  python tag.py log/4 ~/Music --csv > tags.csv\n"
         "  python tag.py log/4 song.flac --taggram song.png --hop 22050",
     )
-    parser.add_argument(
-        "model_path",
-        metavar="MODEL",
-        help="a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint",
-    )
-    parser.add_argument(
+    read = parser.add_argument_group("model and audio")
+    cli.add_model(read)
+    read.add_argument(
         "audio",
         metavar="AUDIO",
         nargs="+",
@@ -302,20 +246,15 @@ def build_parser() -> argparse.ArgumentParser:
         "a segment is filled up with silence, and of others the rest after the last whole "
         "segment is left out",
     )
-    parser.add_argument(
+    read.add_argument(
         "--hop",
         metavar="SAMPLES",
         type=cli.positive_int,
         default=None,
         help="from the start of a segment to the next (default: a segment's length, no overlap)",
     )
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=cli.positive_int,
-        default=DEFAULT_BATCH_SIZE,
-        help=f"segments a batch (default: {DEFAULT_BATCH_SIZE})",
-    )
+    machine = parser.add_argument_group("machine")
+    cli.add_batch_size(machine, DEFAULT_BATCH_SIZE)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--top",
@@ -348,7 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write one file's tags over time: a row a segment, where it starts in seconds and "
         "all tags (default: no)",
     )
-    return parser
+    return cli.add_general(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -356,8 +295,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tag(arguments: argparse.Namespace) -> None:
-    if not Path(arguments.model_path).exists():
-        raise UsageError(f"{arguments.model_path}: no such model file")
+    cli.check_model(arguments.model_path)
     files = find_files(arguments.audio)
     if not files:
         raise UsageError(f"{', '.join(arguments.audio)}: no files in it")
@@ -397,19 +335,19 @@ def _tag(arguments: argparse.Namespace) -> None:
         if arguments.save_taggram:
             write_taggram(arguments.save_taggram, tags, probabilities, starts)
         if arguments.taggram:
-            draw_taggram(
+            figures.plot_taggram(
                 arguments.taggram, tags, probabilities, starts,
                 segment / checkpoint.sample_rate, title=_name(path.name), top=arguments.top,
             )  # fmt: skip
 
     if num_skipped:
-        cli.say(f"{num_skipped} of {len(files)} files are not audio and were skipped")
+        cli.say(f"{num_skipped:,} of {len(files):,} files are not audio and were skipped")
     if len(failed) == 1:
         raise failed[0]
     if failed:
         for error in failed:
             cli.say(str(error))
-        raise AudioError(f"{len(failed)} of the files named cannot be decoded")
+        raise AudioError(f"{len(failed):,} of the files named cannot be decoded")
     if not num_tagged:
         raise AudioError(f"{', '.join(arguments.audio)}: no audio in it")
 
@@ -417,13 +355,13 @@ def _tag(arguments: argparse.Namespace) -> None:
 def _check_taggrams(arguments: argparse.Namespace, num_files: int) -> None:
     """Refuse before the work what would fail after it."""
     for option, path, suffixes in (
-        ("--taggram", arguments.taggram, PICTURE_FORMATS),
+        ("--taggram", arguments.taggram, figures.PICTURE_FORMATS),
         ("--save-taggram", arguments.save_taggram, (".csv",)),
     ):
         if path is None:
             continue
         if num_files != 1:
-            raise UsageError(f"{option} is of one file, {num_files} are given")
+            raise UsageError(f"{option} is of one file, {num_files:,} are given")
         if Path(path).suffix.lower() not in suffixes:
             raise UsageError(f"{option} {path}: expected a name that ends in {', '.join(suffixes)}")
         if not Path(path).absolute().parent.is_dir():

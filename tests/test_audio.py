@@ -6,9 +6,10 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import audio
-from audio import cut_segments, decode
+from audio import cut_pieces, cut_segments, decode, decode_pieces, segments_a_part
 from errors import AudioError, UsageError
 from input_data import read_clips
 
@@ -110,6 +111,15 @@ def test_nearly_equals_madmom_where_releases_of_ffmpeg_differ(tmp_path, name, co
     assert_same_as_madmom(encode_float(tmp_path / name, codec), tolerance=2**-22)
 
 
+def wrecked(content):
+    """Overwrite all of an MP3's frames but the first five, and leave their headers."""
+    content = bytearray(content)
+    frames = [at for at in range(len(content) - 1) if content[at : at + 2] == b"\xff\xf3"]
+    for start in frames[5:]:
+        content[start + 4 : start + 40] = b"\xff" * 36
+    return bytes(content)
+
+
 def damaged(content):
     """Overwrite an MP3's 60th to 62nd frame or so with noise."""
     start = len(content) // 3
@@ -144,11 +154,56 @@ def test_stop_and_sample_rate_are_obeyed(mp3):
     assert len(decode(mp3, sample_rate=44100, stop=2.0)) == 88200
 
 
-def test_long_audio_is_resampled_in_parts_without_a_seam(tmp_path, monkeypatch):
-    path = encode_audio(tmp_path / "a.wav", synthesise(5, 44100, 2), 44100, "pcm_s16le", None)
-    whole = decode(path, stop=None)
-    monkeypatch.setattr(audio, "_GATHERED_SAMPLES", 10_000)
-    np.testing.assert_array_equal(decode(path, stop=None), whole)
+@pytest.mark.parametrize(
+    ("name", "sample_rate", "channels", "codec"),
+    [
+        ("a.mp3", 16000, 1, "libmp3lame"),
+        ("a.mp3", 44100, 2, "libmp3lame"),
+        ("a.mp3", 48000, 1, "libmp3lame"),
+        ("a.wav", 22050, 1, "pcm_s16le"),
+        ("a.wav", 8000, 2, "pcm_s16le"),
+        ("a.wav", 96000, 6, "pcm_s16le"),
+        ("a.flac", 44100, 2, "flac"),
+    ],
+)
+@pytest.mark.parametrize("num_gathered", [1, 10_000, 1 << 16])
+def test_audio_is_resampled_in_pieces_without_a_seam(
+    tmp_path, monkeypatch, name, sample_rate, channels, codec, num_gathered
+):
+    bit_rate = 64000 if codec == "libmp3lame" else None
+    samples = synthesise(5, sample_rate, channels)
+    path = encode_audio(tmp_path / name, samples, sample_rate, codec, bit_rate)
+    for stop in (None, 4.7, 29.0):
+        monkeypatch.setattr(audio, "_GATHERED_SAMPLES", 1 << 30)
+        whole = decode(path, stop=stop)
+        monkeypatch.setattr(audio, "_GATHERED_SAMPLES", num_gathered)
+        pieces = list(decode_pieces(path, stop=stop))
+        assert min(map(len, pieces)) > 0
+        assert len(pieces) > 1 or num_gathered >= len(samples)
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+        np.testing.assert_array_equal(decode(path, stop=stop), whole)
+
+
+@pytest.mark.parametrize("difference", [-1, 0, 1])
+@pytest.mark.parametrize("num_pieces", [1, 2, 3])
+def test_a_file_that_ends_about_where_a_piece_does_is_whole(tmp_path, num_pieces, difference):
+    num_samples = num_pieces * audio._GATHERED_SAMPLES + difference
+    samples = synthesise(num_samples / SAMPLE_RATE, SAMPLE_RATE)
+    path = encode_audio(tmp_path / "a.wav", samples, SAMPLE_RATE, "pcm_s16le", None)
+    found = np.concatenate(list(decode_pieces(path, stop=None)))
+    np.testing.assert_array_equal(found, samples[:, 0] / np.float32(32768))
+
+
+def test_a_file_that_breaks_on_the_way_says_so_after_its_sound_pieces(tmp_path, mp3):
+    path = tmp_path / "breaks.mp3"
+    path.write_bytes(mp3.read_bytes() * 4 + wrecked(mp3.read_bytes()) * 12)
+    pieces = decode_pieces(path, stop=None)
+    np.testing.assert_array_equal(next(pieces)[:SAMPLE_RATE], decode(mp3)[:SAMPLE_RATE])
+    with pytest.raises(AudioError, match=r"breaks\.mp3: \d+ of \d+ audio packets are damaged"):
+        list(pieces)
+    with pytest.raises(AudioError, match="packets are damaged"):
+        decode(path, stop=None)
+    assert len(decode(path, stop=18)) == 18 * SAMPLE_RATE
 
 
 @pytest.mark.parametrize(("channels", "level"), [(1, 0.5), (2, 0.5 * 2**0.5)])
@@ -305,12 +360,8 @@ def test_one_sample_of_the_wanted_rate_is_audio(tmp_path):
 
 
 def test_mostly_damaged_file_is_refused(tmp_path, mp3):
-    content = bytearray(mp3.read_bytes())
-    frames = [at for at in range(len(content) - 1) if content[at : at + 2] == b"\xff\xf3"]
-    for start in frames[5:]:
-        content[start + 4 : start + 40] = b"\xff" * 36
     path = tmp_path / "wreck.mp3"
-    path.write_bytes(content)
+    path.write_bytes(wrecked(mp3.read_bytes()))
     with pytest.raises(AudioError, match=r"wreck\.mp3: \d+ of \d+ audio packets are damaged"):
         decode(path)
 
@@ -350,6 +401,40 @@ def test_segments_are_consecutive_and_the_rest_is_dropped(num_samples, segment_l
     assert segments.shape == (num_samples // segment_length, segment_length)
     np.testing.assert_array_equal(segments.ravel(), samples[: segments.size])
     assert num_samples - segments.size < segment_length
+
+
+@given(
+    lengths=st.lists(st.integers(0, 90), max_size=12),
+    num_samples=st.integers(1, 40),
+    hop=st.one_of(st.none(), st.integers(1, 90)),
+    part_samples=st.integers(1, 200),
+)
+@example([59], 60, None, 60)
+@example([60], 60, None, 60)
+@example([60, 60], 60, None, 119)
+@example([10], 5, 20, 10)
+def test_segments_of_pieces_are_those_of_the_whole(lengths, num_samples, hop, part_samples):
+    samples = np.arange(sum(lengths), dtype=np.float32)
+    pieces = np.split(samples, np.cumsum(lengths)[:-1])
+    with mock.patch.object(audio, "PART_SAMPLES", part_samples):
+        parts = list(cut_pieces(iter(pieces), num_samples, hop))
+        at_most = segments_a_part(num_samples, hop)
+    starts = range(0, len(samples) - num_samples + 1, hop or num_samples)
+    expected = [samples[start : start + num_samples] for start in starts]
+    expected = np.array(expected, np.float32).reshape(-1, num_samples)
+    np.testing.assert_array_equal(cut_segments(samples, num_samples, hop), expected)
+    np.testing.assert_array_equal(np.concatenate([expected[:0], *parts]), expected)
+    # Each part but the last is full, and holds no more samples than it may.
+    assert all(len(part) == at_most for part in parts[:-1])
+    assert all(0 < len(part) <= at_most for part in parts)
+    span = (at_most - 1) * (hop or num_samples) + num_samples
+    assert span <= max(part_samples, num_samples)
+
+
+def test_a_part_is_some_minutes():
+    """Test shards depend on it: of another number other records come."""
+    assert segments_a_part(NUM_SAMPLES) == 142
+    assert segments_a_part(1 << 30) == 1
 
 
 def test_missing_madmom_says_what_to_do(mp3, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import build_mtt
 from audio import cut_segments, decode
 from errors import ShardError
-from input_data import index_records, open_dataset, read_clips
+from input_data import index_records, open_dataset, read_clips, read_records, write_records
 
 import numpy as np
 import pytest
@@ -232,9 +233,25 @@ def test_killed_build_goes_on_to_the_same_bytes(finished, data_dir, num_shards):
 
 def test_leftovers_of_a_killed_build_are_cleared(finished, data_dir):
     (data_dir / "tfrecord").mkdir()
-    (data_dir / "tfrecord" / ".train-0000-of-0006.tfrecord.123.tmp").write_bytes(b"half")
+    leftover = ".train-0000-of-0006.tfrecord.node1.123.0badcafe.tmp"
+    (data_dir / "tfrecord" / leftover).write_bytes(b"half")
     assert build_mtt.main(command(data_dir)[2:]) == 0
     assert contents(data_dir) == contents(finished[0])
+
+
+def test_two_that_write_one_shard_at_once_do_not_meet(tmp_path):
+    """As a worker does that was given up, beside the one in its place; they may share a pid."""
+    path = tmp_path / "train-0000-of-0001.tfrecord"
+    records = [bytes([number]) * 100_000 for number in range(3)]
+
+    def interrupted():
+        yield records[0]
+        write_records(path, records)
+        yield from records[1:]
+
+    write_records(path, interrupted())
+    assert list(read_records(path)) == records
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- Workers --------------------------------------------------------------------------------------
@@ -339,6 +356,23 @@ def test_interrupt_is_one_line(data_dir, num_shards):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert err.endswith("build_mtt.py: error: interrupted\n")
+
+
+@needs_proc
+def test_sigterm_ends_workers_leaves_nothing_and_is_one_line(finished, data_dir):
+    process = start(data_dir, "--num-workers", "2")
+    wait_until(lambda: len(workers_of(process)) == 2, process)
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    last = "build_mtt.py: error: terminated: run the same command again to go on\n"
+    assert err.endswith(last)
+    assert err.count("\n") == 1
+    assert not [worker for worker in workers if is_running(worker)]
+    assert not list((data_dir / "tfrecord").glob(".*.tmp"))
+    assert build_mtt.main(command(data_dir)[2:]) == 0
+    assert contents(data_dir) == contents(finished[0])
 
 
 def test_error_in_a_worker_is_one_line(data_dir):
@@ -625,6 +659,35 @@ def test_second_build_at_once_is_refused(capsys, data_dir):
     assert f"{data_dir / 'tfrecord'}: another build is at work here" in line
 
 
+def test_folder_that_has_no_locks_is_built_in_all_the_same(capsys, monkeypatch, finished, data_dir):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert build_mtt.main(command(data_dir)[2:]) == 0
+    said = f"{data_dir / 'tfrecord'}: cannot be locked (No locks available): start no second build"
+    assert said in capsys.readouterr().err
+    assert contents(data_dir) == contents(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--num-workers", "2"], "--num-workers is of this machine's processes, with --scheduler "),
+        ([], "--scheduler: distributed is not installed: python -m pip install -r requirements/"),
+    ],
+)
+def test_scheduler_that_cannot_be_used_is_refused(capsys, monkeypatch, data_dir, options, found):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    monkeypatch.delitem(sys.modules, "cluster", raising=False)
+    options = ["--scheduler", "tcp://127.0.0.1:8786", *options]
+    assert build_mtt.main([*command(data_dir)[2:], *options]) == 2
+    err = capsys.readouterr().err
+    assert f"error: {found}" in err
+    assert err.count("\n") == 1
+    assert not (data_dir / "tfrecord").exists()
+
+
 def test_no_dataset_says_what_to_download(capsys, tmp_path):
     for data_dir in (tmp_path / "nowhere", tmp_path):
         line = refusal(capsys, data_dir)
@@ -676,9 +739,9 @@ def test_help_ends_with_examples():
     assert " ".join(done.stdout.split()).count("(default: ") == num_options
 
 
-def test_building_needs_no_deep_learning_library():
+def test_building_needs_no_deep_learning_library_and_no_cluster():
     run = [sys.executable, "-c", "import sys, build_mtt; print(*sys.modules)"]
     done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=SCRIPT.parent)
     modules = set(done.stdout.split())
     assert "build_mtt" in modules
-    assert not modules & {"tensorflow", "keras", "torch", "jax"}
+    assert not modules & {"tensorflow", "keras", "torch", "jax", "distributed", "cluster"}

@@ -1,5 +1,7 @@
 """Predictions over clips and their scores."""
 
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import eval as eval_script
@@ -45,6 +47,15 @@ def clips_of(lengths, seed=0):
     ]
 
 
+def assert_predicted(result, clips):
+    for (found, (sums, maxima)), clip in zip(result, clips, strict=True):
+        assert (found.clip_id, found.labels, found.part) == (clip.clip_id, clip.labels, 0)
+        assert found.segments.nbytes == 0 and found.segments.base is None
+        expected_sums, expected_maxima = Sums().predict_on_batch(clip.segments)
+        np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(maxima, expected_maxima)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), max_size=12),
@@ -53,14 +64,42 @@ def clips_of(lengths, seed=0):
 def test_any_batch_size_gives_the_same(lengths, batch_size):
     clips, model, num_calls = clips_of(lengths), Sums(), []
     result = list(predict_clips(model, clips, batch_size, lambda: num_calls.append(1)))
-    assert [clip.clip_id for clip, _ in result] == [clip.clip_id for clip in clips]
-    for clip, (sums, maxima) in result:
-        expected_sums, expected_maxima = Sums().predict_on_batch(clip.segments)
-        np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(maxima, expected_maxima)
+    assert_predicted(result, clips)
     # One shape only, and no more batches than there must be.
     assert set(model.batches) <= {(batch_size, 4)}
     assert len(model.batches) == len(num_calls) == -(-sum(lengths) // batch_size)
+
+
+def parts_of(clip, num_segments):
+    for part, start in enumerate(range(0, len(clip.segments), num_segments)):
+        yield replace(clip, segments=clip.segments[start : start + num_segments], part=part)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), max_size=6),
+    num_segments=st.integers(1, 9),
+    batch_size=st.integers(1, 40),
+)
+def test_a_clip_in_parts_is_one_clip(lengths, num_segments, batch_size):
+    clips = clips_of(lengths)
+    parts = (part for clip in clips for part in parts_of(clip, num_segments))
+    assert_predicted(predict_clips(Sums(), parts, batch_size), clips)
+
+
+def test_parts_are_let_go_as_they_are_predicted():
+    (clip,) = clips_of([100])
+    read = []
+
+    def reading():
+        for part in parts_of(clip, 5):
+            part.segments = part.segments.copy()
+            read.append(weakref.ref(part.segments))
+            assert sum(segments() is not None for segments in read) <= 2
+            yield part
+
+    assert_predicted(predict_clips(Sums(), reading(), batch_size=4), [clip])
+    assert len(read) == 20
 
 
 def test_clips_come_as_soon_as_they_are_done():

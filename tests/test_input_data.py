@@ -1,14 +1,23 @@
 """Shards: TensorFlow's own bytes in both directions, what a folder holds, damage, and batches."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
 
+import audio
+import build_mtt
 import input_data
 from annotations import MTT_TOP_TAGS
 from errors import AnnotationsError, ShardError
 from input_data import (
     Clip,
     SegmentReader,
+    append_records,
     encode_clip,
     index_records,
     open_dataset,
@@ -19,14 +28,16 @@ from input_data import (
     shuffled_order,
     write_manifest,
     write_records,
+    written_whole,
 )
 
 import numpy as np
 import pytest
-from conftest import write_annotations
+from conftest import write_annotations, write_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+ROOT = Path(__file__).resolve().parents[1]
 NUM_SAMPLES = 300
 NUM_TAGS = 7
 TRAIN_SHARD = "train-0000-of-0001.tfrecord"
@@ -205,6 +216,74 @@ def test_our_clips_come_back_whole(tmp_path, name):
     assert_same_clips(read_clips([write_shard(tmp_path / name, clips)]), clips)
 
 
+# --- Long clips -----------------------------------------------------------------------------------
+
+PART = 5  # segments
+
+
+def long_clips(lengths):
+    """Make clips of so many segments, which say their clip and their place in it."""
+    return [
+        Clip(
+            np.arange(length * 4, dtype=np.float32).reshape(length, 4) + 1000 * number,
+            np.array([1, number % 2], np.uint8),
+            str(number),
+            f"d/{number}.mp3",
+        )
+        for number, length in enumerate(lengths)
+    ]
+
+
+def parts_of(clip):
+    for part, start in enumerate(range(0, len(clip.segments), PART)):
+        yield replace(clip, segments=clip.segments[start : start + PART], part=part)
+
+
+@pytest.mark.parametrize("name", [TRAIN_SHARD, TEST_SHARD])
+@pytest.mark.parametrize("lengths", [(4,), (5,), (6,), (10, 5, 11), (1, 23, 1), (5, 5, 5)])
+def test_long_clip_comes_in_parts(tmp_path, monkeypatch, name, lengths):
+    monkeypatch.setattr(audio, "PART_SAMPLES", PART * 4)
+    clips = long_clips(lengths)
+    path = tmp_path / name
+    parts = [part for clip in clips for part in parts_of(clip)]
+    write_records(path, (r for part in parts for r in encode_clip(part, SPLIT_OF[name])))
+    found = list(read_clips([path, path]))
+    assert_same_clips(found, parts * 2)
+    assert [clip.part for clip in found] == [part.part for part in parts] * 2
+    # A clip that is short enough is one record of a test shard, whatever comes after it.
+    if name == TEST_SHARD:
+        assert len(index_records(path)) == sum(-(-length // PART) for length in lengths)
+
+
+@pytest.mark.parametrize("has_names", [True, False])
+def test_test_clips_without_a_manifest_are_counted_by_their_names(tmp_path, monkeypatch, has_names):
+    monkeypatch.setattr(audio, "PART_SAMPLES", PART * 4)
+    folder = tmp_path / "tfrecord"
+    folder.mkdir()
+    write_annotations(tmp_path / "annotations_final.csv", [["1", 1, 1, "0/a.mp3"]], ["a", "b"])
+    clips = long_clips((12, 5, 1, 11))
+    if not has_names:
+        clips = [replace(clip, clip_id="") for clip in clips]
+    parts = [part for clip in clips for part in parts_of(clip)]
+    write_shard(folder / shard_name("test", 0, 2), parts)
+    write_shard(folder / shard_name("test", 1, 2), parts)
+    counted = open_dataset(tmp_path).splits["test"].num_clips
+    assert counted == (8 if has_names else 16)
+    found = list(read_clips(open_dataset(tmp_path).splits["test"].shards))
+    assert sum(clip.part == 0 for clip in found) == counted
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(noise=st.binary(max_size=60), is_context=st.booleans())
+def test_counting_takes_any_record_for_a_clip(tmp_path, noise, is_context):
+    folder = tmp_path / "tfrecord"
+    folder.mkdir(exist_ok=True)
+    write_annotations(tmp_path / "annotations_final.csv", [["1", 1, 1, "0/a.mp3"]], ["a", "b"])
+    sound = [record for clip in long_clips((1, 2)) for record in encode_clip(clip, "test")]
+    write_records(folder / TEST_SHARD, [*sound, b"\x0a" * is_context + noise])
+    assert open_dataset(tmp_path).splits["test"].num_clips == 3
+
+
 # --- What a folder holds --------------------------------------------------------------------------
 
 
@@ -374,6 +453,19 @@ def test_manifest_comes_back(tmp_path):
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path / "manifest.json") == {"format": 1} | manifest
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_records_can_be_taken_back(tmp_path):
+    first, second = (list(encode_clip(clip, "train")) for clip in make_clips(2))
+    with written_whole(tmp_path / TRAIN_SHARD) as file:
+        append_records(file, first)
+        start = file.tell()
+        append_records(file, [bytes(1 << 20)] * 3)  # more than is held before it is written
+        file.seek(start)
+        file.truncate()
+        append_records(file, second)
+        assert not (tmp_path / TRAIN_SHARD).exists()
+    assert list(read_records(tmp_path / TRAIN_SHARD)) == first + second
 
 
 def test_shard_that_could_not_be_finished_leaves_nothing(tmp_path):
@@ -731,3 +823,25 @@ def test_an_epoch_is_mixed_as_well_as_a_perfect_shuffle(tmp_path):
     assert expected < 0.05 * same_clip_pairs(np.repeat(np.arange(num_clips), 10), batch_size)
     assert abs(np.mean(correlations)) < 4 / (total * num_epochs) ** 0.5
     assert np.ptp(np.concatenate(first_places)) > total / 2
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path):
+    data_dir = write_dataset(tmp_path, num_clips=24)
+    build_mtt.build(data_dir, num_audios_per_shard=1, num_workers=2)
+    program = """
+        import resource, sys
+        import numpy as np
+        from input_data import SegmentReader, open_dataset
+
+        dataset = open_dataset(sys.argv[1])
+        assert len(dataset.splits["train"].shards) == 12
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (10, hard))
+        reader = SegmentReader(dataset)
+        print(len(reader.read(np.arange(reader.num_segments))[0]) == reader.num_segments)
+    """
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(data_dir)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.stdout == "True\n", finished.stderr

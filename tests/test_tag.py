@@ -5,10 +5,13 @@ import io
 import json
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
+import figures
 import tag
-from audio import decode
+from audio import decode, decode_pieces
 from checkpoints import Checkpoint, load, save
 from errors import AudioError
 from model import NetworkConfig, build_network
@@ -205,7 +208,7 @@ def test_the_taggram_shows_the_tags_of_largest_mean(tmp_path):
     starts = np.arange(7.0)
     pictures = []
     for name, top in (("one.png", 1), ("all.png", 99)):
-        tag.draw_taggram(tmp_path / name, TAGS, probabilities, starts, 1, "x" * 500, top)
+        figures.plot_taggram(tmp_path / name, TAGS, probabilities, starts, 1, "x" * 500, top)
         pictures.append(matplotlib.image.imread(tmp_path / name)[..., :3])
     yellow = np.array([253, 231, 37]) / 255  # of 1 in viridis
     shares = [
@@ -230,6 +233,28 @@ def test_a_named_file_that_cannot_be_decoded_is_an_error_after_the_rest(
 
     out, said = run(capsys, model_path, missing, status=1)
     assert (out, said) == ("", [f"tag.py: error: {missing}: no such file"])
+
+
+def test_files_are_decoded_ahead_of_the_network_but_not_far(folder, model_path, monkeypatch):
+    started, threads = [], set()
+
+    def noted(path, *options, **more):
+        started.append(path)
+        threads.add(threading.current_thread().name)
+        yield from decode_pieces(path, *options, **more)
+
+    monkeypatch.setattr(tag, "decode_pieces", noted)
+    found = tag.tag_files(load(model_path), [folder / "c.flac"] * 40, batch_size=1)
+    ahead = []
+    for number, _ in enumerate(found, start=1):
+        # Nobody asks for the next file yet.
+        deadline = time.monotonic() + (20 if number < 40 else 0)
+        while len(started) <= number and time.monotonic() < deadline:
+            time.sleep(0.001)
+        ahead.append(len(started) - number)
+    assert len(ahead) == len(started) == 40
+    assert min(ahead[:-1]) >= 1 and max(ahead) <= 2
+    assert len(threads) == 1  # several are slower
 
 
 def test_python_callers_get_the_error(model_path, tmp_path):

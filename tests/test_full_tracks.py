@@ -1,0 +1,397 @@
+"""Whole tracks: the same segments, however long, in memory that does not grow, in every stage."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import audio
+import build_mtt
+import tag
+from audio import cut_segments, decode
+from input_data import open_dataset, read_clips, read_manifest, shard_name
+
+import numpy as np
+import pytest
+from conftest import encode_audio, synthesise, write_annotations, write_dataset
+
+ROOT = Path(build_mtt.__file__).parent
+SPLITS = ("train", "test")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of audio: short, long, and two that break on the way, one of them late."""
+    folder = tmp_path_factory.mktemp("clips")
+    sound = encode_audio(folder / "sound.mp3", synthesise(3)).read_bytes()
+    encode_audio(folder / "long.mp3", synthesise(40, seed=1))
+    encode_audio(folder / "short.mp3", synthesise(0.3))
+    wreck = bytearray(sound)
+    for start in [at for at in range(len(wreck) - 1) if wreck[at : at + 2] == b"\xff\xf3"]:
+        wreck[start + 4 : start + 40] = b"\xff" * 36
+    (folder / "breaks.mp3").write_bytes(sound * 10 + wreck * 30)
+    return folder
+
+
+def task_of(path, audio_dir, names, split, **options):
+    members = [(str(number), name, bytes([number % 2, 1])) for number, name in enumerate(names)]
+    options = {
+        "sample_rate": 8000, "num_samples": 4000, "stop": None, "decoder": "av",
+        "encoding": "float32",
+    } | options  # fmt: skip
+    return build_mtt.ShardTask(
+        path=path, split=split, audio_dir=audio_dir, clips=members, **options
+    )
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("part_samples", [1, 4000, 30_000, 1 << 23])
+def test_segments_are_those_of_the_whole_file(tmp_path, clips, monkeypatch, split, part_samples):
+    monkeypatch.setattr(audio, "PART_SAMPLES", part_samples)
+    monkeypatch.setattr(audio, "_GATHERED_SAMPLES", 10_000)
+    names = ["sound.mp3", "long.mp3", "sound.mp3"]
+    path = tmp_path / shard_name(split, 0, 1)
+    entry = build_mtt.make_shard(task_of(path, clips, names, split))
+    found = {}
+    for clip in read_clips([path]):
+        assert clip.segments.size <= max(part_samples, 4000)
+        assert clip.part == len(found.setdefault(clip.clip_id, []))
+        found[clip.clip_id].append(clip.segments)
+    for (_, parts), name in zip(found.items(), names, strict=True):
+        expected = cut_segments(decode(clips / name, 8000, stop=None), 4000)
+        np.testing.assert_array_equal(np.concatenate(parts), expected)
+    assert entry["clips"] == 3
+    assert entry["segments"] == sum(len(part) for parts in found.values() for part in parts)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_clip_that_breaks_on_the_way_is_taken_back_whole(tmp_path, clips, monkeypatch, split):
+    names = ["sound.mp3", "breaks.mp3", "long.mp3", "short.mp3", "breaks.mp3"]
+    monkeypatch.setattr(audio, "PART_SAMPLES", 30_000)
+    written = []
+    append = build_mtt.append_records
+    monkeypatch.setattr(
+        build_mtt, "append_records", lambda *given: (written.append(1), append(*given))
+    )
+    (tmp_path / "all").mkdir()
+    path = tmp_path / "all" / shard_name(split, 0, 1)
+    task = task_of(path, clips, names, split)
+    entry = build_mtt.make_shard(task)
+    num_parts = len(written)
+    sound = task_of(tmp_path / path.name, clips, names, split)
+    sound.clips[:] = [clip for clip in task.clips if clip[1] in ("sound.mp3", "long.mp3")]
+    expected = build_mtt.make_shard(sound)
+    assert num_parts > len(written) - num_parts, "nothing had to be taken back"
+    assert path.read_bytes() == sound.path.read_bytes()
+    skipped = entry.pop("skipped")
+    assert expected.pop("skipped") == []
+    assert entry == expected
+    assert [row["mp3_path"] for row in skipped] == ["breaks.mp3", "short.mp3", "breaks.mp3"]
+    assert "audio packets are damaged" in skipped[0]["reason"] == skipped[2]["reason"]
+    assert "samples are less than one segment of 4000" in skipped[1]["reason"]
+
+
+@pytest.mark.parametrize("hop", [None, 1500, 9000])
+def test_tags_of_a_file_in_parts_are_those_of_the_whole(clips, monkeypatch, hop):
+    checkpoint, refused = Levels(), []
+    files = [clips / name for name in ("long.mp3", "breaks.mp3", "sound.mp3", "breaks.mp3")]
+
+    def tagged():
+        refused.clear()
+        found = tag.tag_files(
+            checkpoint, files, hop, batch_size=7, refused=lambda *what: refused.append(what)
+        )
+        return list(found)
+
+    whole = tagged()
+    monkeypatch.setattr(audio, "PART_SAMPLES", 30_000)
+    parts = tagged()
+    assert [path.name for path, _ in parts] == [path.name for path, _ in whole]
+    assert [path.name for path, _ in whole] == ["long.mp3", "sound.mp3"]
+    assert [path.name for path, _ in refused] == ["breaks.mp3"] * 2
+    for (_, one), (_, other), path in zip(parts, whole, (files[0], files[2]), strict=True):
+        segments = cut_segments(decode(path, 8000, stop=None), 4000, hop)
+        np.testing.assert_array_equal(one, segments[:, :3])
+        np.testing.assert_array_equal(other, segments[:, :3])
+
+
+class Levels:
+    """A checkpoint whose network gives the first three samples of each segment."""
+
+    sample_rate = 8000
+    input_shape = (None, 4000)
+
+    class config:
+        num_samples, block = 4000, "se"
+
+    @property
+    def network(self):
+        return self
+
+    def compile(self, jit_compile):
+        pass
+
+    def predict_on_batch(self, batch):
+        return batch[:, :3].copy()
+
+
+def test_the_notebook_measures_the_level_of_a_long_clip_as_of_one(tmp_path, clips, monkeypatch):
+    cells = json.loads((ROOT / "excitation_analysis.ipynb").read_text())["cells"]
+    (source,) = ["".join(cell["source"]) for cell in cells if "def measure_levels" in
+                 "".join(cell["source"])]  # fmt: skip
+    (function,) = [
+        statement for statement in ast.parse(source).body
+        if getattr(statement, "name", None) == "measure_levels"
+    ]  # fmt: skip
+    names = ["sound.mp3", "long.mp3", "sound.mp3"]
+    monkeypatch.setattr(audio, "PART_SAMPLES", 30_000)
+    path = tmp_path / "tfrecord" / shard_name("test", 0, 1)
+    path.parent.mkdir()
+    build_mtt.make_shard(task_of(path, clips, names, "test"))
+    annotations = [["1", 1, 1, "0/a.mp3"]]
+    write_annotations(tmp_path / "annotations_final.csv", annotations, ["a", "b"])
+    known = {"np": np, "clip_ids": ["0", "1", "2"], "all_labels": [[0, 1], [1, 1], [0, 1]]}
+    exec(compile(ast.Module([function], []), "notebook", "exec"), known)
+    expected = []
+    for name in names:
+        segments = cut_segments(decode(clips / name, 8000, stop=None), 4000)
+        expected.append(10 * np.log10(np.mean(np.square(segments, dtype=np.float64))))
+    np.testing.assert_allclose(known["measure_levels"](tmp_path), expected, rtol=1e-9)
+
+
+# --- The option -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A dataset of 24 clips, some of them longer than 29 s."""
+    return write_dataset(tmp_path_factory.mktemp("source"), seconds=(3, 32, 3, 31, 3))
+
+
+def build(data_dir, *options):
+    quick = ["--sample-rate", "8000", "--num-samples", "4000", "--num-workers", "2"]
+    return build_mtt.main(["--data-dir", str(data_dir), *quick, *options])
+
+
+def contents(data_dir):
+    return {path.name: path.read_bytes() for path in (data_dir / "tfrecord").glob("*.tfrecord")}
+
+
+@pytest.fixture
+def data_dir(source, tmp_path):
+    return Path(shutil.copytree(source, tmp_path / "dataset"))
+
+
+def test_stop_is_29_s_unless_it_is_said(data_dir, capsys):
+    assert build(data_dir) == 0
+    manifest_path = data_dir / "tfrecord" / "manifest.json"
+    manifest = read_manifest(manifest_path)
+    assert manifest["options"]["stop"] == 29
+    lengths = {len(clip.segments) for split in open_dataset(data_dir).splits.values()
+               for clip in read_clips(split.shards)}  # fmt: skip
+    assert max(lengths) == 58
+    expected = contents(data_dir)
+
+    # A build that does not say it was one of 29 s, which goes on.
+    del manifest["options"]["stop"]
+    manifest_path.write_text(json.dumps(manifest))
+    (data_dir / "tfrecord" / "train-0000-of-0001.tfrecord").unlink()
+    assert build(data_dir, "--stop", "29") == 0
+    assert contents(data_dir) == expected
+    assert read_manifest(manifest_path)["options"]["stop"] == 29
+    capsys.readouterr()
+    assert build(data_dir, "--stop", "none") == 1
+    assert "--stop was 29, now none: use the same options" in capsys.readouterr().err
+    assert contents(data_dir) == expected
+
+
+@pytest.mark.parametrize("stop", ["none", "2.25", "31.5"])
+def test_audio_is_cut_where_stop_says(data_dir, capsys, stop):
+    assert build(data_dir, "--stop", stop) == 0
+    dataset = open_dataset(data_dir)
+    seconds = None if stop == "none" else float(stop)
+    lengths = set()
+    for split in dataset.splits.values():
+        clips = list(read_clips(split.shards))
+        assert len(clips) == split.num_clips
+        assert sum(len(clip.segments) for clip in clips) == split.num_segments
+        for clip in clips:
+            lengths.add(len(clip.segments))
+            samples = decode(data_dir / "mp3" / clip.mp3_path, 8000, stop=seconds)
+            np.testing.assert_array_equal(clip.segments, cut_segments(samples, 4000))
+    assert max(lengths) == {"none": 64, "2.25": 4, "31.5": 63}[stop]
+    assert read_manifest(data_dir / "tfrecord" / "manifest.json")["options"]["stop"] == seconds
+    capsys.readouterr()
+    assert build(data_dir) == 1
+    assert f"--stop was {stop}, now 29" in capsys.readouterr().err
+
+
+def test_stop_that_leaves_no_segment_is_refused(data_dir, capsys):
+    assert build(data_dir, "--stop", "0.4") == 2
+    said = capsys.readouterr().err
+    assert "--stop 0.4: at 8000 Hz that is less than one segment of 4000 samples, 0.5 s" in said
+    assert not (data_dir / "tfrecord").exists()
+
+
+@pytest.mark.parametrize("stop", ["0", "-3", "all", "nan", "inf", ""])
+def test_stop_is_a_number_of_seconds_or_none(data_dir, capsys, stop):
+    with pytest.raises(SystemExit) as caught:
+        build(data_dir, "--stop", stop)
+    assert caught.value.code == 2
+    assert "is not a number of seconds above 0, or none" in capsys.readouterr().err
+
+
+# --- Every stage ----------------------------------------------------------------------------------
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        capture_output=True, text=True, timeout=500, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_whole_tracks_go_through_every_stage(tmp_path):
+    import pandas as pd
+
+    data_dir = write_dataset(tmp_path, seconds=(4, 6, 33, 9))
+    for split in ("c", "d"):
+        path = sorted((data_dir / "mp3" / split).iterdir())[0]
+        path.write_bytes(encode_audio(tmp_path / "a.mp3", synthesise(10)).read_bytes() * 41)
+    run("build_mtt.py", "--data-dir", data_dir, "--stop", "none", "--num-workers", "2")
+    dataset = open_dataset(data_dir)
+    found = {name: list(read_clips(split.shards)) for name, split in dataset.splits.items()}
+    for name, split in dataset.splits.items():
+        assert sum(clip.part == 0 for clip in found[name]) == split.num_clips
+        assert sum(len(clip.segments) for clip in found[name]) == split.num_segments
+        assert max(clip.part for clip in found[name]) == (name != "train")
+        assert max(len(clip.segments) for clip in found[name]) == (12 if name == "train" else 142)
+    (data_dir / "tfrecord" / "manifest.json").rename(tmp_path / "manifest.json")
+    assert open_dataset(data_dir).splits["test"].num_clips == dataset.splits["test"].num_clips
+    (tmp_path / "manifest.json").rename(data_dir / "tfrecord" / "manifest.json")
+
+    network = ["--block", "se", "--init-features", "2", "--alpha", "2"]
+    length = ["--num-lr-decays", "1", "--max-epochs", "1", "--batch-size", "8"]
+    log = tmp_path / "log"
+    run("train.py", "--data-dir", data_dir, "--train-dir", log, *network, *length)
+    report = tmp_path / "report"
+    run("eval.py", log / "0", "--data-dir", data_dir, "--report", report)
+    num_clips = dataset.splits["test"].num_clips
+    assert json.loads((report / "metrics.json").read_text())["num_clips"] == num_clips
+    predictions = pd.read_csv(report / "predictions.csv", dtype={"clip_id": str})
+    excitations = tmp_path / "excitations.parquet"
+    run("extract_excitations.py", log / "0", "--data-dir", data_dir, "--out", excitations)
+    table = pd.read_parquet(excitations)
+    clip_ids = [clip.clip_id for clip in found["test"] if clip.part == 0]
+    assert list(predictions["clip_id"]) == clip_ids
+    assert list(table.loc[table["depth"] == 0, "clip_id"]) == clip_ids
+
+    # A long clip's prediction is the mean over all its parts, and what tag.py says of the file.
+    (long,) = [clip for clip in found["test"] if clip.part == 1]
+    of_file = run("tag.py", log / "0", data_dir / "mp3" / long.mp3_path, "--json")
+    tagged = json.loads(of_file.stdout)
+    assert tagged["segments"] == 142 + len(long.segments)
+    row = predictions[predictions["clip_id"] == long.clip_id].iloc[0]
+    for name, value in tagged["tags"].items():
+        assert row[name] == pytest.approx(value, abs=1e-5)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+_MEASURED = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    from pathlib import Path
+    import numpy as np
+    import build_mtt, tag
+    from errors import AudioError
+    from evaluation import predict_clips
+    from input_data import open_dataset, read_clips
+
+    what, path, split, shard = sys.argv[2], Path(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
+
+    class Network:
+        input_shape = (None, 59049)
+        sample_rate = 22050
+        network = property(lambda self: self)
+        class config:
+            num_samples, block = 59049, "se"
+        def compile(self, jit_compile):
+            pass
+        def predict_on_batch(self, batch):
+            return batch[:, :50].copy()
+
+    def held():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) >> 10
+
+    if what == "build":
+        before = held()
+        task = build_mtt.ShardTask(
+            path=shard, split=split, audio_dir=path.parent, clips=[("1", path.name, bytes(50))],
+            sample_rate=22050, num_samples=59049, stop=None, decoder="av", encoding="float32",
+        )
+        num_segments = build_mtt.make_shard(task)["segments"]
+    elif what == "read":
+        before = held()
+        ((clip, (outputs,)),) = predict_clips(Network(), read_clips([shard]))
+        num_segments = len(outputs)
+    else:
+        import model
+        before = held()
+        ((_, outputs),) = tag.tag_files(Network(), [path])
+        num_segments = len(outputs)
+    print(num_segments, held() - before)
+"""
+
+
+def measure(what, path, split="none", shard="none"):
+    """Say how many segments a process handled, and how many MiB more it held for it at most."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_MEASURED), ROOT, what, path, split, shard],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return tuple(map(int, done.stdout.split()))
+
+
+@pytest.fixture(scope="module")
+def tracks(tmp_path_factory):
+    """Two minutes and an hour, whose samples are 10 and 318 MB."""
+    folder = tmp_path_factory.mktemp("tracks")
+    minute = encode_audio(folder / "minute.mp3", synthesise(60)).read_bytes()
+    (folder / "minutes.mp3").write_bytes(2 * minute)
+    (folder / "hour.mp3").write_bytes(60 * minute)
+    return folder / "minutes.mp3", folder / "hour.mp3"
+
+
+def assert_bounded(of_minutes, of_hour):
+    print(f"2 and 60 minutes: {of_minutes} and {of_hour} (segments, MiB)")
+    assert of_hour[0] > 29 * of_minutes[0] > 29 * 40
+    # A few times the 32 MiB of a part; several hundred more were the hour held.
+    assert of_hour[1] - of_minutes[1] < 280
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_hour_is_built_and_read_in_bounded_memory(tmp_path, tracks, split):
+    shards = [tmp_path / path.stem / shard_name(split, 0, 1) for path in tracks]
+    for shard in shards:
+        shard.parent.mkdir()
+    pairs = list(zip(tracks, shards, strict=True))
+    assert_bounded(*(measure("build", path, split, shard) for path, shard in pairs))
+    assert_bounded(*(measure("read", path, split, shard) for path, shard in pairs))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_an_hour_is_tagged_in_bounded_memory(tracks):
+    assert_bounded(*(measure("tag", path) for path in tracks))
