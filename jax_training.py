@@ -2,17 +2,21 @@
 
 At tens of thousands of segments a second the host cannot keep up: a segment is 236 KB. Where the
 training set fits the device's memory it is put there once, batches are gathered by number on the
-device, and many steps run in one call. The order is that of every other backend.
+device, and many steps run in one call. The order is that of every other backend. Several devices,
+of several hosts perhaps, share each batch out among them.
 """
 
 from collections.abc import Callable, Iterator
 
-from input_data import SegmentReader
+import cli
+from distribution import BATCH_AXIS, Job
+from input_data import INT16_SCALE, SegmentReader
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 # Share of the device's free memory that the segments may take; the rest is for the network.
 _CACHE_SHARE = 0.6
@@ -20,14 +24,15 @@ _CACHE_CHUNK = 256  # segments read and sent at a time
 _STEPS_PER_DISPATCH = 16
 
 
-def fits_device(num_segments: int, num_samples: int) -> bool:
-    """Whether segments fit beside the network in an accelerator's memory, as float32."""
-    device = jax.devices()[0]
+def fits_device(segments: SegmentReader) -> bool:
+    """Whether all segments fit beside the network in an accelerator's memory."""
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         return False
     stats = device.memory_stats() or {}
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-    return num_segments * num_samples * 4 <= _CACHE_SHARE * free
+    num_samples = segments.num_segments * segments.num_samples
+    return num_samples * (2 if segments.is_int16() else 4) <= _CACHE_SHARE * free
 
 
 class JaxTrainer:
@@ -40,9 +45,11 @@ class JaxTrainer:
     segments : SegmentReader or None
         Where batches come from; None where only `run` is called.
     device_cache : bool
-        Keep all segments in the device's memory.
+        Keep all segments in the memory of every device, as int16 where the shards do.
     steps_per_dispatch : int or None
         Steps a call; None for as many as suit the device.
+    job : Job or None
+        The devices that share each batch; None for one.
     """
 
     def __init__(
@@ -51,13 +58,15 @@ class JaxTrainer:
         segments: SegmentReader | None = None,
         device_cache: bool = False,
         steps_per_dispatch: int | None = None,
+        job: Job | None = None,
     ):
         self._trainer = trainer
         self._segments = segments
+        self._job = job or Job()
         on_cpu = jax.devices()[0].platform == "cpu"
         self.steps_per_dispatch = steps_per_dispatch or (1 if on_cpu else _STEPS_PER_DISPATCH)
         trainer.optimizer.build(trainer.trainable_variables)
-        self._cache = _read_all(segments) if device_cache else None
+        self._cache = _read_all(segments, self._job) if device_cache else None
         self._run_batches = jax.jit(self._scan_batches, donate_argnums=0)
         self._run_cached = jax.jit(self._scan_cached, donate_argnums=0)
 
@@ -131,7 +140,8 @@ class JaxTrainer:
             As `state` returns it.
         *inputs : np.ndarray
             Either the numbers of the segments [shape=(n_steps, batch), dtype=int32], or segments
-            [shape=(n_steps, batch, n_samples)] and labels [shape=(n_steps, batch, n_tags)].
+            [shape=(n_steps, batch, n_samples)] and labels [shape=(n_steps, batch, n_tags)]; of
+            each batch, this process's share.
 
         Returns
         -------
@@ -140,6 +150,7 @@ class JaxTrainer:
         losses : jax.Array [shape=(n_steps,), dtype=float32]
             One a step.
         """
+        inputs = [_place(self._job, part, PartitionSpec(None, BATCH_AXIS)) for part in inputs]
         if len(inputs) == 1:
             return self._run_cached(state, self._cache, *inputs)
         return self._run_batches(state, *inputs)
@@ -150,6 +161,7 @@ class JaxTrainer:
 
     def _dispatches(self, rows: np.ndarray) -> Iterator[tuple]:
         steps = self.steps_per_dispatch
+        rows = rows[:, self._job.share(rows.shape[1])]
         if self._cache is not None:
             for start in range(0, len(rows), steps):
                 yield (rows[start : start + steps].astype(np.int32),)
@@ -169,7 +181,14 @@ class JaxTrainer:
 
     def _scan_cached(self, state, cache, rows):
         segments, labels = cache
-        return _scan(lambda s, row: self._step(s, segments[row[0]], labels[row[0]]), state, (rows,))
+
+        def step(state, row):
+            x = segments[row[0]]
+            if x.dtype == jnp.int16:
+                x = x.astype(jnp.float32) / INT16_SCALE
+            return self._step(state, x, labels[row[0]])
+
+        return _scan(step, state, (rows,))
 
     def _step(self, state, x, y):
         trainer = self._trainer
@@ -198,19 +217,73 @@ def _scan(step, state, inputs: tuple):
     return state, loss[jnp.newaxis]
 
 
-def _read_all(segments: SegmentReader) -> tuple[jax.Array, jax.Array]:
-    """Put all segments on the device, some at a time so that the host holds few of them."""
-    samples = jnp.zeros((segments.num_segments, segments.num_samples), jnp.float32)
-    labels = jnp.zeros((segments.num_segments, segments.num_tags), jnp.float32)
+class JaxPredictor:
+    """Predicts by all devices of this host alone, whatever other hosts do.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Of one output; its weights are taken as they are at each call.
+    """
+
+    def __init__(self, network: keras.Model):
+        self.input_shape = network.input_shape
+        self._network = network
+        mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (BATCH_AXIS,))
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._shared_out = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
+        self._copied, self._copies = [], []  # values as the network has them, and of this host
+        self._predict = jax.jit(
+            lambda weights, x: network.stateless_call(*weights, x, training=False)[0],
+            out_shardings=self._everywhere,
+        )
+
+    def predict_on_batch(self, batch: np.ndarray) -> np.ndarray:
+        """Predict a batch: (batch, n_samples) to (batch, n_tags)."""
+        weights = self._weights_of_host()
+        return np.asarray(self._predict(weights, jax.device_put(batch, self._shared_out)))
+
+    def _weights_of_host(self) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Copy the weights to this host's devices, where they have changed since the last copy."""
+        network = self._network
+        groups = network.trainable_variables, network.non_trainable_variables
+        values = [variable.value for variables in groups for variable in variables]
+        is_new = [before is not now for before, now in zip(self._copied, values, strict=False)]
+        if any(is_new) or not self._copied:
+            self._copied = values
+            self._copies = [jax.device_put(np.asarray(v), self._everywhere) for v in values]
+        return self._copies[: len(groups[0])], self._copies[len(groups[0]) :]
+
+
+def _place(job: Job, part: np.ndarray, spec: PartitionSpec):
+    """Put a process's part of an array on its devices; the first device has it unless told so."""
+    if job.mesh is None:
+        return part
+    return jax.make_array_from_process_local_data(NamedSharding(job.mesh, spec), part)
+
+
+def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
+    """Put all segments on every device, some at a time so that the host holds few of them."""
+    everywhere = job.mesh and NamedSharding(job.mesh, PartitionSpec())
+    num_rows = segments.num_segments
+    is_int16 = segments.is_int16()
+    stored = jnp.int16 if is_int16 else jnp.float32
+    samples = jnp.zeros((num_rows, segments.num_samples), stored, device=everywhere)
+    labels = jnp.zeros((num_rows, segments.num_tags), jnp.float32, device=everywhere)
 
     def place(whole, part, start):
         return jax.lax.dynamic_update_slice(whole, part, (start, 0))
 
-    # Donated, so that the device never holds the segments twice.
-    place = jax.jit(place, donate_argnums=0)
-    order = np.arange(segments.num_segments)
+    # Donated, so that a device never holds the segments twice.
+    place = jax.jit(place, donate_argnums=0, out_shardings=everywhere)
+    order = np.arange(num_rows)
     start = 0
-    for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False):
-        samples, labels = place(samples, x, start), place(labels, y, start)
-        start += len(x)
+    with cli.progress(total=num_rows, unit="segment", desc="to the device", leave=False) as bar:
+        for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False):
+            if is_int16:
+                x = (x * INT16_SCALE).astype(np.int16)  # as they were
+            x, y = (_place(job, part, PartitionSpec()) for part in (x, y))
+            samples, labels = place(samples, x, start), place(labels, y, start)
+            start += len(x)
+            bar.update(len(x))
     return samples, labels

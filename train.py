@@ -4,10 +4,12 @@
     python train.py --block rese --batch-size 23
     python train.py --block basic --init-features 16 --num-lr-decays 2
     KERAS_BACKEND=jax python train.py
+    KERAS_BACKEND=jax python train.py --distribute --batch-size 64
 
 Each stage is a folder ``log/0``, ``log/1``, … with the checkpoints that improved the validation
 loss, ``training.csv`` and TensorBoard's events; ``log/training.png`` shows them all. Run again
-after an interruption, the same command goes on from the last finished epoch.
+after an interruption, the same command goes on from the last finished epoch. With --distribute all
+GPUs train together, and on JAX those of several hosts (`distribution`).
 """
 
 import argparse
@@ -16,19 +18,23 @@ import io
 import json
 import math
 import os
+import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import checkpoints
 import cli
+import distribution
 import figures
-from errors import Interrupted, TrainingError, UsageError
+from distribution import Job
+from errors import Interrupted, ToolkitError, TrainingError, UsageError
 from evaluation import Scores, binary_crossentropy, check_fits, clip_mean, predict_clips, score
 from input_data import (
     Dataset,
@@ -72,10 +78,28 @@ class Options:
     mixed_precision: bool = False
     device_cache: str = "auto"
     num_read_threads: int = 8
+    distribute: bool = False
 
     def stage_lr(self, stage: int) -> float:
         """Learning rate at the start of a stage."""
         return self.lr * self.lr_decay**stage
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same through all stages."""
+
+    train_dir: Path
+    dataset: Dataset
+    segments: SegmentReader
+    options: Options
+    jit: bool
+    job: Job
+    stop: "StopRequest"
+
+    def stage_dir(self, stage: int) -> Path:
+        """Name a stage's folder."""
+        return self.train_dir / str(stage)
 
 
 @dataclass
@@ -133,8 +157,6 @@ def train(
     ShardError, UsageError, TrainingError, Interrupted
         The data or options do not fit, the loss is no number, or a signal came.
     """
-    import keras
-
     dataset = open_dataset(data_dir)
     for split in ("train", "val"):
         if not dataset.splits[split].num_segments:
@@ -143,32 +165,55 @@ def train(
     config = type(config)(
         **config.to_json() | {"num_tags": len(dataset.tags), "num_samples": dataset.num_samples}
     )
-    # Keras seeds TensorFlow too where it is there, on any backend: it is imported and talks.
-    with cli.chatter_held():
-        keras.utils.set_random_seed(options.seed % 2**32)
-    if options.mixed_precision:
-        keras.config.set_dtype_policy("mixed_bfloat16")
-    cli.say(describe_device(choose_jit(options.jit, config.block), options.mixed_precision))
-
     train_dir = Path(train_dir)
     scores = {}
     with (
         stop_on_signals() as stop,
         _open_segments(dataset, options) as segments,
+        _open_job(options, stop) as job,
+        job.scope(),
     ):
+        job.check_same("options", lambda: repr((options, config)), mend="give all the same command")
+        job.check_batch_size(options.batch_size)
+        job.check_same(str(data_dir), lambda: _list_files(_all_shards(dataset)))
+        jit = choose_jit(options.jit, config.block)
+        if job.mesh and not jit:
+            raise UsageError(
+                "--distribute: on JAX the network must be compiled: leave out --jit off"
+            )
+        if job.strategy and options.jit == "auto":
+            jit = False  # TensorFlow cannot compile for several devices of every kind
+        job.say(describe_device(jit, options.mixed_precision, job))
+        run = Run(train_dir, dataset, segments, options, jit, job, stop)
+        _check_train_dir_is_shared(run)
         for stage in range(options.initial_stage, options.num_lr_decays):
-            stage_dir = train_dir / str(stage)
-            state, checkpoint = _start_stage(train_dir, stage, config, dataset, options)
-            if state.history:  # an end between the two files left one row too few
-                _write_history(stage_dir / HISTORY_NAME, state.history)
+            state, checkpoint = _start_stage(run, stage, config)
+            if state.history and job.is_first:  # an end between the two files left one row too few
+                _write_history(run.stage_dir(stage) / HISTORY_NAME, state.history)
                 _draw_training(train_dir)
             if state.finished:
-                cli.say(f"stage {stage}: finished earlier, best {state.best_loss:.4f}")
+                job.say(f"stage {stage}: finished earlier, best {state.best_loss:.4f}")
             else:
-                _run_stage(stage_dir, stage, state, checkpoint, dataset, segments, options, stop)
-            if not (stage_dir / TEST_NAME).exists():
-                scores[stage] = _test(stage_dir, dataset, options, stop)
+                _run_stage(run, stage, state, checkpoint)
+            _check_train_dir(run)  # all see the best of this stage
+            if job.of_first(not (run.stage_dir(stage) / TEST_NAME).exists()):
+                scores[stage] = _test(run, stage)
+        job.say(f"{train_dir}: all {options.num_lr_decays} stages are finished")
     return scores
+
+
+@contextmanager
+def _open_job(options: Options, stop: "StopRequest") -> Iterator[Job]:
+    """Seed, then find the devices: Keras must not compute before."""
+    import keras
+
+    # Keras seeds TensorFlow too where it is there, on any backend: it is imported and talks.
+    with cli.chatter_held():
+        keras.utils.set_random_seed(options.seed % 2**32)
+    if options.mixed_precision:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+    with distribution.start(stop.check) if options.distribute else nullcontext(Job()) as job:
+        yield job
 
 
 def choose_jit(choice: str, block: str) -> bool:
@@ -199,17 +244,21 @@ def device_names() -> list[str]:
     ]
 
 
-def describe_device(jit: bool, mixed_precision: bool) -> str:
-    """Say which backend and device will compute."""
+def describe_device(jit: bool, mixed_precision: bool, job: Job) -> str:
+    """Say which backend and devices will compute."""
     import keras
 
     backend = keras.backend.backend()
     names = device_names()
-    device = ", ".join(names) if names else f"CPU ({os.cpu_count()} cores)"
+    device = ", ".join(dict.fromkeys(names)) if names else f"CPU ({os.cpu_count()} cores)"
     how = "compiled" if jit else "not compiled"
     precision = "mixed bfloat16" if mixed_precision else "float32"
     title = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[backend]
-    return f"{title} backend on {device}, {precision}, {how}"
+    together = ""
+    if job.num_devices > 1:
+        together = f", {job.num_devices} devices in {job.num_processes} process"
+        together += "es" if job.num_processes > 1 else ""
+    return f"{title} backend on {device}{together}, {precision}, {how}"
 
 
 @contextmanager
@@ -230,16 +279,14 @@ def _open_segments(dataset: Dataset, options: Options) -> Iterator[SegmentReader
 
 
 def _start_stage(
-    train_dir: Path,
-    stage: int,
-    config: "NetworkConfig",
-    dataset: Dataset,
-    options: Options,
+    run: Run, stage: int, config: "NetworkConfig"
 ) -> tuple[StageState, checkpoints.Checkpoint]:
     """Find where a stage starts: its last epoch, its best, the best before it, or nothing yet."""
     from model import build_network
 
-    stage_dir = train_dir / str(stage)
+    train_dir, dataset = run.train_dir, run.dataset
+    stage_dir = run.stage_dir(stage)
+    _check_train_dir(run)
     resume_path = stage_dir / RESUME_NAME
     own_best = checkpoints.find_best(stage_dir)
     if resume_path.exists():
@@ -254,11 +301,11 @@ def _start_stage(
         )
         return StageState(), checkpoint
     else:
-        previous_best = checkpoints.find_best(train_dir / str(stage - 1))
+        previous_best = checkpoints.find_best(run.stage_dir(stage - 1))
         if previous_best is None:
             raise UsageError(
                 f"stage {stage} starts from the best checkpoint of stage {stage - 1}, and "
-                f"{train_dir / str(stage - 1)} has none: use --initial-stage {stage - 1}"
+                f"{run.stage_dir(stage - 1)} has none: use --initial-stage {stage - 1}"
             )
         checkpoint = checkpoints.load(previous_best)
         state = StageState()
@@ -274,6 +321,54 @@ def _start_stage(
             "use the same options or another --train-dir"
         )
     return state, checkpoint
+
+
+def _all_shards(dataset: Dataset) -> list[Path]:
+    return [path for split in dataset.splits.values() for path in split.shards]
+
+
+def _list_files(paths: Iterable[Path]) -> str:
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # listed still, but gone
+            found.append((path.parent.name, path.name, path.stat().st_size))
+    return str(sorted(found))
+
+
+# Some shared folders show only after a minute what another host wrote.
+_FOLDER_PATIENCE_S = 90
+
+
+def _check_train_dir(run: Run) -> None:
+    """Check that all processes see the same checkpoints, and so decide alike."""
+    run.job.check_same(
+        str(run.train_dir),
+        lambda: _list_files(run.train_dir.glob("*/[!.]*.keras")),
+        patience_s=_FOLDER_PATIENCE_S,
+    )
+
+
+def _check_train_dir_is_shared(run: Run) -> None:
+    """Check that all processes see what the first writes, before it has taken an epoch."""
+    job, pattern = run.job, ".job-*"
+    if job.num_processes == 1:
+        return
+    mark = run.train_dir / f".job-{secrets.token_hex(4)}"
+    if job.is_first:
+        run.train_dir.mkdir(parents=True, exist_ok=True)
+        for path in (*run.train_dir.glob(pattern), mark):
+            path.unlink(missing_ok=True)
+        mark.touch()
+    try:
+        job.check_same(
+            str(run.train_dir),
+            lambda: str(sorted(path.name for path in run.train_dir.glob(pattern))),
+            patience_s=_FOLDER_PATIENCE_S,
+        )
+        job.wait_for_all("shared folder")
+    finally:
+        if job.is_first:
+            mark.unlink(missing_ok=True)
 
 
 def _state_of(checkpoint: checkpoints.Checkpoint, path: Path) -> StageState:
@@ -292,37 +387,35 @@ def _state_of(checkpoint: checkpoints.Checkpoint, path: Path) -> StageState:
         ) from None
 
 
-def _run_stage(
-    stage_dir: Path,
-    stage: int,
-    state: StageState,
-    checkpoint: checkpoints.Checkpoint,
-    dataset: Dataset,
-    segments: SegmentReader,
-    options: Options,
-    stop: "StopRequest",
-) -> None:
+def _run_stage(run: Run, stage: int, state: StageState, checkpoint: checkpoints.Checkpoint) -> None:
     """Train epochs until the validation loss stops improving."""
     import keras
 
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    jit = choose_jit(options.jit, checkpoint.config.block)
-    trainer = compile_trainer(checkpoint.network, options, stage, jit)
+    options, job = run.options, run.job
+    stage_dir = run.stage_dir(stage)
+    job.synchronise_norms(checkpoint.network)
+    trainer = compile_trainer(checkpoint.network, options, stage, run.jit)
     if (stage_dir / RESUME_NAME).exists():
         checkpoints.load_optimizer(stage_dir / RESUME_NAME, trainer)
-    run_epoch = _choose_loop(trainer, segments, options, jit)
-    events = EventLog(stage_dir)
+    run_epoch = _choose_loop(run, trainer)
+    predictor = _choose_predictor(run, trainer)
+    if job.is_first:
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        events = EventLog(stage_dir)
     lr = options.stage_lr(stage)
-    cli.say(f"stage {stage}: learning rate {lr:g}, from epoch {state.epoch + 1}")
+    job.say(f"stage {stage}: learning rate {lr:g}, from epoch {state.epoch + 1}")
     while not state.finished:
         started = time.monotonic()
         epoch = state.epoch + 1
         _seed_dropout(trainer, options.seed, stage, epoch)
-        order = shuffled_order(segments.num_segments, options.seed, stage, epoch)
+        order = shuffled_order(run.segments.num_segments, options.seed, stage, epoch)
         num_steps = len(order) // options.batch_size
-        with cli.progress(total=num_steps, desc=f"epoch {epoch}", unit="step", leave=False) as bar:
-            loss = run_epoch(order, _step_watch(bar, stop))
-        val_loss, scores = _validate(trainer, dataset, options, stop)
+        with cli.progress(
+            total=num_steps, desc=f"epoch {epoch}", unit="step", leave=False,
+            disable=not job.is_first,
+        ) as bar:  # fmt: skip
+            loss = run_epoch(order, _step_watch(bar, epoch, run.stop))
+        val_loss, scores = _validate(run, predictor)
         improved = state.update(epoch, val_loss, options.patience, options.max_epochs)
         row = {
             "epoch": epoch,
@@ -334,22 +427,44 @@ def _run_stage(
             "seconds": time.monotonic() - started,
         }
         state.history.append(row)
-        # A checkpoint stands before the state that counts on it: whenever the program is killed,
-        # what is there is either the epoch before or this one.
-        checkpoint.training = {"stage": stage, "state": asdict(state), "options": asdict(options)}
-        if improved:
-            name = checkpoints.checkpoint_name(epoch, val_loss)
-            checkpoints.save(stage_dir / name, checkpoint)
-        checkpoints.save(stage_dir / RESUME_NAME, checkpoint, trainer)
-        _write_history(stage_dir / HISTORY_NAME, state.history)
-        _draw_training(stage_dir.parent)
-        events.write(row)
-        cli.say(
+        if job.is_first:
+            job.synchronise_norms(checkpoint.network, False)
+            with job.alone():
+                _write_epoch(run, stage, state, checkpoint, trainer, improved)
+            job.synchronise_norms(checkpoint.network)
+            events.write(row)
+        job.wait_for_all(f"stage {stage} epoch {epoch}")  # to be written
+        job.say(
             f"stage {stage} epoch {epoch}: loss {loss:.4f}, val_loss {val_loss:.4f}, val ROC AUC "
             f"{scores.macro_roc_auc:.4f}, PR AUC {scores.macro_pr_auc:.4f}, "
-            f"{row['seconds']:.0f} s{' *' if improved else ''}"
+            f"{cli.duration(row['seconds'])}{' *' if improved else ''}"
         )
-    events.close()
+    if job.is_first:
+        events.close()
+
+
+def _write_epoch(
+    run: Run,
+    stage: int,
+    state: StageState,
+    checkpoint: checkpoints.Checkpoint,
+    trainer: "keras.Model",
+    improved: bool,
+) -> None:
+    # A checkpoint stands before the state that counts on it: whenever the program is killed,
+    # what is there is either the epoch before or this one.
+    stage_dir = run.stage_dir(stage)
+    checkpoint.training = {
+        "stage": stage,
+        "state": asdict(state),
+        "options": asdict(run.options),
+    }
+    if improved:
+        name = checkpoints.checkpoint_name(state.epoch, state.best_loss)
+        checkpoints.save(stage_dir / name, checkpoint)
+    checkpoints.save(stage_dir / RESUME_NAME, checkpoint, trainer)
+    _write_history(stage_dir / HISTORY_NAME, state.history)
+    _draw_training(run.train_dir)
 
 
 def compile_trainer(
@@ -375,7 +490,7 @@ def compile_trainer(
 
 
 def _choose_loop(
-    trainer: "keras.Model", segments: SegmentReader, options: Options, jit: bool
+    run: Run, trainer: "keras.Model"
 ) -> Callable[[np.ndarray, Callable[[int, float], None]], float]:
     """Choose what trains an epoch in a given order: Keras's loop, or on JAX ours, which is faster.
 
@@ -383,43 +498,66 @@ def _choose_loop(
     """
     import keras
 
+    segments, options, job = run.segments, run.options, run.job
     batch_size = options.batch_size
-    if keras.backend.backend() == "jax" and jit:
+    if keras.backend.backend() == "jax" and run.jit:
         from jax_training import JaxTrainer, fits_device
 
         device_cache = options.device_cache == "on" or (
             options.device_cache == "auto"
-            and fits_device(segments.num_segments, segments.num_samples)
+            and job.num_processes == 1  # of several, each reads its share alone
+            and fits_device(segments)
         )
-        runner = JaxTrainer(trainer, segments, device_cache)
+        runner = JaxTrainer(trainer, segments, device_cache, job=job)
         return lambda order, after_steps: runner.run_epoch(batch_size, order, after_steps)
     if options.device_cache == "on":
         raise UsageError("--device-cache on: needs the JAX backend, compiled (KERAS_BACKEND=jax)")
 
+    failed = []  # what TensorFlow's datasets would hide
+
     def run_epoch(order: np.ndarray, after_steps: Callable[[int, float], None]) -> float:
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            try:
+                yield from segments.batches(batch_size, order)
+            except ToolkitError as error:
+                failed.append(error)
+                raise
+
         watch = keras.callbacks.LambdaCallback(
             on_train_batch_end=lambda step, logs: after_steps(step + 1, float(logs["loss"]))
         )
-        history = trainer.fit(
-            segments.batches(batch_size, order),
-            steps_per_epoch=len(order) // batch_size,
-            verbose=0,
-            shuffle=False,  # the order is ours
-            callbacks=[watch],
-        )
+        try:
+            history = trainer.fit(
+                job.spread(batches),
+                steps_per_epoch=len(order) // batch_size,
+                verbose=0,
+                shuffle=False,  # the order is ours
+                callbacks=[watch],
+            )
+        except Exception as error:
+            raise (failed[0] if failed else error) from None
         return float(history.history["loss"][0])
 
     return run_epoch
 
 
-def _step_watch(bar: "tqdm", stop: "StopRequest") -> Callable[[int, float], None]:
+def _choose_predictor(run: Run, network: "keras.Model"):
+    """Choose what predicts batches: the network, or in a job on JAX this host's devices."""
+    if run.job.mesh:
+        from jax_training import JaxPredictor
+
+        return JaxPredictor(network)
+    return network
+
+
+def _step_watch(bar: "tqdm", epoch: int, stop: "StopRequest") -> Callable[[int, float], None]:
     """Show each step, end on a signal, and stop at a loss that is no number."""
 
     def watch(num_steps: int, loss: float) -> None:
         stop.check()
         if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {loss} at step {num_steps - 1} of {bar.desc}: the best checkpoint "
+                f"the loss is {loss} at step {num_steps - 1} of epoch {epoch}: the best checkpoint "
                 "is kept; a lower --lr may help"
             )
         bar.update(num_steps - bar.n)
@@ -439,57 +577,90 @@ def _seed_dropout(trainer, seed: int, stage: int, epoch: int) -> None:
             layer.seed_generator.state.assign(np.array([drawn, 0]))
 
 
-def _validate(
-    trainer, dataset: Dataset, options: Options, stop: "StopRequest"
-) -> tuple[float, Scores]:
+def _validate(run: Run, predictor: "keras.Model") -> tuple[float, Scores]:
     """Loss over the validation segments, and scores over its clips."""
-    labels, segment_labels, means, segment_predictions = [], [], [], []
-    clips = read_clips(dataset.splits["val"].shards, dataset.num_samples, len(dataset.tags))
-    for clip, (predictions,) in predict_clips(trainer, clips, options.batch_size, stop.check):
-        labels.append(clip.labels)
-        means.append(clip_mean(predictions))
-        segment_labels.append(np.repeat(clip.labels[np.newaxis], len(predictions), axis=0))
-        segment_predictions.append(predictions)
-    loss = binary_crossentropy(np.concatenate(segment_labels), np.concatenate(segment_predictions))
+    labels, predictions = _predict_split(run, predictor, "val", "validating")
+    num_segments = [len(of_clip) for of_clip in predictions]
+    loss = binary_crossentropy(np.repeat(labels, num_segments, axis=0), np.concatenate(predictions))
     if not math.isfinite(loss):
         raise TrainingError(
             f"the validation loss is {loss}: the best checkpoint is kept; a lower --lr may help"
         )
-    return loss, score(np.array(labels), np.array(means))
+    # Hosts may round otherwise, and must decide alike.
+    return run.job.of_first(loss), _score_clips(labels, predictions)
 
 
-def _test(
-    stage_dir: Path, dataset: Dataset, options: Options, stop: "StopRequest"
-) -> Scores | None:
+def _test(run: Run, stage: int) -> Scores | None:
     """Score a stage's best checkpoint on the test clips and note it in ``test.json``."""
-    test = dataset.splits["test"]
-    if not test.shards:
-        cli.say(f"stage {stage_dir.name}: no test shards to test the best checkpoint on")
+    stage_dir = run.stage_dir(stage)
+    if not run.dataset.splits["test"].shards:
+        run.job.say(f"stage {stage}: no test shards to test the best checkpoint on")
         return None
     best = checkpoints.find_best(stage_dir)
     checkpoint = checkpoints.load(best)
     network = checkpoint.network
-    network.compile(jit_compile=choose_jit(options.jit, checkpoint.config.block))
-    labels, means = [], []
-    clips = cli.progress(
-        read_clips(test.shards, dataset.num_samples, len(dataset.tags)),
-        total=test.num_clips, unit="clip", desc="testing", leave=False,
-    )  # fmt: skip
-    for clip, (predictions,) in predict_clips(network, clips, options.batch_size, stop.check):
-        labels.append(clip.labels)
-        means.append(clip_mean(predictions))
-    scores = score(np.array(labels), np.array(means))
+    network.compile(jit_compile=run.jit)
+    predictor = _choose_predictor(run, network)
+    scores = _score_clips(*_predict_split(run, predictor, "test", "testing"))
     noted = {
         "checkpoint": best.name,
         "roc_auc": scores.macro_roc_auc,
         "pr_auc": scores.macro_pr_auc,
     }
-    write_atomically(stage_dir / TEST_NAME, json.dumps(noted).encode() + b"\n")
-    cli.say(
-        f"stage {stage_dir.name}: best checkpoint on test: ROC AUC {scores.macro_roc_auc:.4f}, "
+    if run.job.is_first:
+        write_atomically(stage_dir / TEST_NAME, json.dumps(noted).encode() + b"\n")
+    run.job.say(
+        f"stage {stage}: best checkpoint on test: ROC AUC {scores.macro_roc_auc:.4f}, "
         f"PR AUC {scores.macro_pr_auc:.4f}"
     )
     return scores
+
+
+def _score_clips(labels: np.ndarray, predictions: list[np.ndarray]) -> Scores:
+    return score(labels, np.array([clip_mean(of_clip) for of_clip in predictions]))
+
+
+def _predict_split(
+    run: Run, predictor: "keras.Model", split: str, doing: str
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Predict a split's clips; each process takes its share of the shards, and gets all results.
+
+    Returns
+    -------
+    labels : np.ndarray [shape=(n_clips, n_tags), dtype=uint8]
+    predictions : list of np.ndarray [shape=(n_segments, n_tags), dtype=float32]
+        One array a clip.
+    """
+    dataset, job = run.dataset, run.job
+    num_tags = len(dataset.tags)
+    found = dataset.splits[split]
+    shards = found.shards[job.process :: job.num_processes]
+    clips = cli.progress(
+        predict_clips(
+            predictor,
+            read_clips(shards, dataset.num_samples, num_tags),
+            run.options.batch_size,
+            run.stop.check,
+        ),
+        total=found.num_clips if job.num_processes == 1 else None,
+        unit="clip", desc=doing, leave=False, disable=not job.is_first,
+    )  # fmt: skip
+    labels, num_segments = [np.zeros((0, num_tags), np.uint8)], []
+    predictions = [np.zeros((0, num_tags), np.float32)]
+    for clip, (of_clip,) in clips:
+        labels.append(clip.labels[np.newaxis])
+        num_segments.append(len(of_clip))
+        predictions.append(of_clip)
+    labels, num_segments, predictions = (
+        job.gather(part)
+        for part in (
+            np.concatenate(labels),
+            np.array(num_segments, np.int32),
+            np.concatenate(predictions),
+        )
+    )
+    by_clip = np.split(predictions, np.cumsum(num_segments)[:-1])
+    return labels, by_clip[: len(num_segments)]  # no clips are split into one, too
 
 
 # --- What a stage leaves -------------------------------------------------------------------------
@@ -614,13 +785,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  python train.py --data-dir ./dataset --train-dir ./log\n"
         "  python train.py --block rese --no-multi --train-dir ./log-rese",
     )
-    add = parser.add_argument
-    add(
-        "--data-dir",
-        metavar="PATH",
-        default="./dataset",
-        help="folder of the dataset, which holds tfrecord/ (default: ./dataset)",
-    )
+    data = parser.add_argument_group("data and output")
+    cli.add_data_dir(data)
+    add = data.add_argument
     add(
         "--train-dir",
         metavar="PATH",
@@ -767,6 +934,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=8,
         help="threads that read shards (default: 8)",
     )
+    add(
+        "--distribute",
+        action="store_true",
+        help="train on all GPUs, and on JAX on those of all hosts that the environment names, one "
+        f"process a host: {distribution.ADDRESSES}, {distribution.NUM_PROCESSES}, "
+        f"{distribution.PROCESS_ID} (default: off)",
+    )
     said = parser.add_argument_group("accepted as before, now said by the shards themselves")
     add = said.add_argument
     add(
@@ -783,11 +957,21 @@ def build_parser() -> argparse.ArgumentParser:
         default=10,
         help="segments a clip: counted from the shards, this value is not used (default: 10)",
     )
-    return parser  # fmt: skip
+    return cli.add_general(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(_train, build_parser().parse_args(argv))
+    arguments = build_parser().parse_args(argv)
+    status = 1
+    try:
+        status = cli.run(_train, arguments)
+    except Exception:
+        if not arguments.distribute:
+            raise
+        traceback.print_exc()  # the other processes must not wait for this one
+    if arguments.distribute:
+        distribution.leave(status)
+    return status
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -818,6 +1002,7 @@ def _train(arguments: argparse.Namespace) -> None:
         mixed_precision=arguments.mixed_precision,
         device_cache=arguments.device_cache,
         num_read_threads=arguments.num_read_threads,
+        distribute=arguments.distribute,
     )
     if options.initial_stage >= options.num_lr_decays:
         raise UsageError(
@@ -825,7 +1010,6 @@ def _train(arguments: argparse.Namespace) -> None:
             "the first is 0 (--num-lr-decays)"
         )
     train(arguments.data_dir, arguments.train_dir, config, options)
-    cli.say(f"{arguments.train_dir}: all {options.num_lr_decays} stages are finished")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import build_mtt
 from checkpoints import find_best
 
 import pytest
+from conftest import write_dataset
 
 pytest.importorskip("jax")
 
@@ -84,3 +86,33 @@ def test_training_with_segments_on_the_device_is_the_same(tiny_dataset, tmp_path
         scores.append([row.split(",")[:-1] for row in history])
         assert find_best(log / "0") is not None
     assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_int16_segments_stay_so_on_the_device_and_train_the_same(tmp_path):
+    data_dir = write_dataset(tmp_path / "data", num_clips=20)
+    build_mtt.build(data_dir, num_audios_per_shard=4, num_workers=1, encoding="int16")
+    program = """
+        import sys
+        import keras, numpy as np
+        from input_data import SegmentReader, open_dataset, shuffled_order
+        from jax_training import JaxTrainer
+        from model import NetworkConfig, build_network
+        from train import Options, compile_trainer
+
+        reader = SegmentReader(open_dataset(sys.argv[1]))
+        order = shuffled_order(reader.num_segments, 0, 0, 0)
+        losses = []
+        for cache in (False, True):
+            keras.utils.set_random_seed(1)
+            config = NetworkConfig("basic", num_tags=12, init_features=2, dropout=0.0)
+            model = compile_trainer(build_network(config), Options(lr=0.01), 0, True)
+            runner = JaxTrainer(model, reader, cache)
+            losses.append(runner.run_epoch(4, order, lambda step, loss: None))
+        print(runner._cache[0].dtype, losses[0] == losses[1], np.isfinite(losses).all())
+    """
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(data_dir)],
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.stdout == "int16 True True\n", finished.stderr[-2000:]

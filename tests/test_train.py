@@ -443,7 +443,7 @@ def test_published_options(capsys):
     with pytest.raises(SystemExit) as caught:
         train.main(["--help"])
     assert caught.value.code == 0
-    shown = re.sub(r"\s+", " ", capsys.readouterr().out.split("options:")[1])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out.split("data and output:")[1])
     entries = re.split(r" (?=--[a-z])", shown)
     for option, default in {
         "--data-dir": "./dataset",

@@ -1,0 +1,355 @@
+"""Training on several devices and hosts, all of them on one CPU: equal losses, and lost hosts."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import build_mtt
+
+import pytest
+from conftest import write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    # The network is the same everywhere: compiled once, not by each of some thirty processes.
+    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="jax-"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+OPTIONS = (
+    "--block", "se", "--init-features", "2", "--alpha", "2", "--batch-size", "4",
+    "--num-lr-decays", "1", "--max-epochs", "2",
+)  # fmt: skip
+
+
+def start_training(
+    data_dir, train_dir, *options, devices=1, processes=1, process=0, port=0, **more
+):
+    """Start train.py on JAX as one process of a job."""
+    environment = ENVIRONMENT | {
+        "KERAS_BACKEND": "jax",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    if processes > 1:
+        environment |= {
+            "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
+            "KERAS_DISTRIBUTION_NUM_PROCESSES": str(processes),
+            "KERAS_DISTRIBUTION_PROCESS_ID": str(process),
+        }
+    return subprocess.Popen(
+        [
+            sys.executable, str(ROOT / "train.py"), "--data-dir", str(data_dir),
+            "--train-dir", str(train_dir), *OPTIONS, *options,
+        ],
+        env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def start_job(data_dir, train_dir, *options, processes=2, **more):
+    port = free_port()
+    return [
+        start_training(
+            data_dir, train_dir, "--distribute", *options, processes=processes, process=process,
+            port=port, **more,
+        )
+        for process in range(processes)
+    ]  # fmt: skip
+
+
+def finish(*trainings):
+    """Wait for all to end well, and give what each said."""
+    written = [training.communicate(timeout=300) for training in trainings]
+    said = [errors for _, errors in written]
+    assert [training.returncode for training in trainings] == [0] * len(trainings), said
+    assert [output for output, _ in written] == [""] * len(trainings)
+    return said
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def read_losses(train_dir):
+    with open(train_dir / "0" / "training.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [float(row[name]) for row in rows for name in ("loss", "val_loss", "val_roc_auc")]
+
+
+@pytest.mark.slow
+def test_one_process_two_devices_and_two_processes_lose_the_same(tiny_dataset, tmp_path):
+    pytest.importorskip("jax")
+    finish(start_training(tiny_dataset, tmp_path / "alone"))
+    (said,) = finish(start_training(tiny_dataset, tmp_path / "devices", "--distribute", devices=2))
+    assert "2 devices in 1 process," in said
+    (said,) = finish(
+        start_training(
+            tiny_dataset, tmp_path / "cached", "--distribute", "--device-cache", "on", devices=2
+        )
+    )
+    first, second = finish(*start_job(tiny_dataset, tmp_path / "processes"))
+    assert "2 devices in 2 processes," in first
+    assert second == ""  # the first alone talks
+    first, _ = finish(*start_job(tiny_dataset, tmp_path / "both", devices=2))
+    assert "4 devices in 2 processes," in first
+    # A second stage, in the folder of a job that has ended.
+    first, _ = finish(
+        *start_job(
+            tiny_dataset, tmp_path / "processes", "--num-lr-decays", "2", "--max-epochs", "2"
+        )
+    )
+    assert "stage 0: finished earlier" in first and "stage 1: best checkpoint on test" in first
+    expected = read_losses(tmp_path / "alone")
+    for name in ("devices", "cached", "processes", "both"):
+        losses = read_losses(tmp_path / name)
+        assert losses[:2] == pytest.approx(expected[:2], abs=1e-5), name
+        # What is rounded otherwise grows from then on.
+        assert losses[3:5] == pytest.approx(expected[3:5], abs=1e-3), name
+        files = sorted(path.name for path in (tmp_path / name / "0").iterdir())
+        assert [path for path in files if not path.startswith(("ckpt", "events"))] == [
+            "resume.keras", "test.json", "training.csv",
+        ]  # fmt: skip
+        assert len([path for path in files if path.startswith("events")]) == 1
+
+
+@pytest.mark.slow
+def test_wrong_environment_and_options_are_refused_with_what_would_work(tiny_dataset, tmp_path):
+    pytest.importorskip("jax")
+    for environment, options, expected in (
+        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: not a whole number"),
+        (
+            {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "2"}, (),
+            "PROCESS_ID=2: the processes are 0 to 1",
+        ),
+        (
+            {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "0"}, (),
+            "JOB_ADDRESSES=: expected host:port of the first process",
+        ),
+        (
+            {
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "0",
+                "KERAS_BACKEND": "tensorflow",
+            },
+            (), "several need KERAS_BACKEND=jax",
+        ),
+        (
+            {"KERAS_DISTRIBUTION_JOB_ADDRESSES": "node1:9331"}, (),
+            "NUM_PROCESSES: expected how many processes train together",
+        ),
+        (
+            {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}, (),
+            "PROCESS_ID: expected which of the processes this is",
+        ),
+        ({"KERAS_BACKEND": "torch"}, (), "--distribute: needs KERAS_BACKEND=jax"),
+        (
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, (),
+            "--batch-size 4: cannot be shared out evenly among 3 devices: use 3 or 6",
+        ),
+        ({}, ("--jit", "off"), "leave out --jit off"),
+    ):  # fmt: skip
+        training = start_training(
+            tiny_dataset, tmp_path / "log", "--distribute", *options, **environment
+        )
+        said = training.communicate(timeout=120)[1]
+        assert training.returncode == 2, said
+        assert expected in said.splitlines()[-1], said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("victim", "signal_number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
+)
+def test_a_lost_host_ends_the_others_with_a_line_and_the_job_goes_on(
+    tiny_dataset, tmp_path, victim, signal_number
+):
+    """SIGSTOP leaves connections open, as a host does that lost its power or its network."""
+    pytest.importorskip("jax")
+    options = ("--max-epochs", "500", "--patience", "500")
+    job = start_job(tiny_dataset, tmp_path / "log", *options)
+    try:
+        wait_for_epochs(tmp_path / "log", 2, job)
+        job[victim].send_signal(signal_number)
+        started = time.monotonic()
+        said = job[1 - victim].communicate(timeout=100)[1]
+        assert time.monotonic() - started < 60
+    finally:
+        for training in job:
+            training.kill()
+            training.wait()
+    assert job[1 - victim].returncode not in (0, None)
+    (line,) = [line for line in said.splitlines() if line.startswith("train.py: error: ")]
+    assert "another host was lost" in line
+    assert "the same command on all hosts goes on from the last finished epoch" in line
+
+    num_finished = len(read_losses(tmp_path / "log")) // 3
+    options = ("--max-epochs", str(num_finished + 2), "--patience", "500")
+    first, _ = finish(*start_job(tiny_dataset, tmp_path / "log", *options))
+    # The state may have been written, and its row of the table not yet.
+    starts = [f"from epoch {num_finished + more}\n" in first for more in (0, 1)]
+    assert any(starts), first
+    assert len(read_losses(tmp_path / "log")) // 3 == num_finished + 2
+
+
+def wait_for_epochs(train_dir, num_epochs, job):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        is_there = (train_dir / "0" / "training.csv").exists()
+        if is_there and len(read_losses(train_dir)) // 3 >= num_epochs:
+            return
+        assert all(training.poll() is None for training in job)
+        time.sleep(0.1)
+    raise AssertionError(f"no {num_epochs} epochs in two minutes")
+
+
+@pytest.mark.slow
+def test_a_job_ended_by_sigterm_goes_on(tiny_dataset, tmp_path):
+    pytest.importorskip("jax")
+    options = ("--max-epochs", "500", "--patience", "500")
+    job = start_job(tiny_dataset, tmp_path / "log", *options)
+    wait_for_epochs(tmp_path / "log", 1, job)
+    for training in job:
+        training.send_signal(signal.SIGTERM)
+    said = [training.communicate(timeout=60)[1] for training in job]
+    # The second may wait for the first, which has ended.
+    assert job[0].returncode == 143 and job[1].returncode in (143, 1, 134), said
+    options = ("--max-epochs", str(len(read_losses(tmp_path / "log")) // 3 + 1))
+    first, _ = finish(*start_job(tiny_dataset, tmp_path / "log", *options))
+    assert "from epoch" in first
+
+
+@pytest.mark.slow
+def test_hosts_that_see_different_data_are_told(tiny_dataset, tmp_path, tmp_path_factory):
+    pytest.importorskip("jax")
+    other = write_dataset(tmp_path_factory.mktemp("other"))
+    build_mtt.build(other, num_audios_per_shard=6, num_workers=1)
+    port = free_port()
+    job = [
+        start_training(
+            data_dir, tmp_path / "log", "--distribute", processes=2, process=process, port=port
+        )
+        for process, data_dir in enumerate((tiny_dataset, other))
+    ]
+    for training, data_dir in zip(job, (tiny_dataset, other), strict=True):
+        said = training.communicate(timeout=120)[1]
+        assert training.returncode == 2, said
+        assert f"{data_dir}: not the same on all hosts" in said
+
+
+@pytest.mark.slow
+def test_hosts_of_other_options_or_another_folder_are_told(tiny_dataset, tmp_path):
+    pytest.importorskip("jax")
+    for logs, rates, expected in (
+        (("log", "log"), ("0.01", "0.02"), "options: not the same on all hosts: give all the same"),
+        (("here", "there"), ("0.01", "0.01"), "not the same on all hosts: give a folder"),
+    ):
+        port = free_port()
+        job = [
+            start_training(
+                tiny_dataset, tmp_path / log, "--distribute", "--lr", rate, processes=2,
+                process=process, port=port,
+            )
+            for process, (log, rate) in enumerate(zip(logs, rates, strict=True))
+        ]  # fmt: skip
+        for training in job:
+            said = training.communicate(timeout=200)[1]
+            assert training.returncode == 2, said
+            assert expected in said, said
+
+
+@pytest.mark.slow
+def test_a_bug_in_one_process_ends_the_others(tiny_dataset, tmp_path):
+    pytest.importorskip("jax")
+    program = """
+        import os, sys
+        import train
+        if os.environ["KERAS_DISTRIBUTION_PROCESS_ID"] == "1":
+            def broken(*_):
+                raise ValueError("a bug")
+            train._validate = broken
+        sys.exit(train.main(sys.argv[1:]))
+    """
+    port = free_port()
+    command = ["--distribute", "--data-dir", tiny_dataset, "--train-dir", tmp_path, *OPTIONS]
+    job = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program), *map(str, command)],
+            env=ENVIRONMENT | {
+                "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT),
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+                "KERAS_DISTRIBUTION_PROCESS_ID": str(process),
+            },
+            stderr=subprocess.PIPE, text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    said = [training.communicate(timeout=120)[1] for training in job]
+    assert all(training.returncode not in (0, None) for training in job)
+    assert "ValueError: a bug" in said[1]
+    assert "another host was lost" in said[0]
+
+
+def test_each_process_takes_all_devices_of_its_host_under_slurm():
+    pytest.importorskip("jax")
+    program = """
+        import sys
+        import jax, keras
+        import distribution
+        jax.distributed.initialize = lambda *_, **options: print(options, file=sys.stderr)
+        try:
+            with distribution.start(lambda: None):
+                pass
+        except Exception:
+            pass
+    """
+    port = free_port()
+    finished = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=ENVIRONMENT | {
+            "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
+            "KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "0",
+        },
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    # JAX would give each process one device, were it left to find out.
+    assert "'cluster_detection_method': 'deactivate'" in finished.stderr
+
+
+@pytest.mark.slow
+def test_two_devices_of_tensorflow_train_as_one(tiny_dataset, tmp_path):
+    pytest.importorskip("tensorflow")
+    program = """
+        import sys
+        import tensorflow as tf
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        two = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(cpu, two)
+        import train
+        sys.exit(train.main(sys.argv[1:]))
+    """
+    for name, options in (("one", ()), ("two", ("--distribute",))):
+        # Each device draws dropout for itself.
+        command = ["--data-dir", tiny_dataset, "--train-dir", tmp_path / name, *OPTIONS]
+        command += ["--dropout", "0", *options]
+        finished = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), *map(str, command)],
+            env=ENVIRONMENT | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+        assert ("2 devices in 1 process," in finished.stderr) == (name == "two")
+    # TensorFlow's own rounding differs more between plain and compiled (1e-4 here).
+    losses = [read_losses(tmp_path / name)[:2] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
