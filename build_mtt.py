@@ -20,18 +20,20 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
 import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -76,6 +78,8 @@ from tables import (
 import numpy as np
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     import pandas as pd
 
 AUDIO_FOLDER = "mp3"
@@ -317,15 +321,15 @@ def _with_suffix(paths: "pd.Series", suffix: str) -> list[str]:
     return changed
 
 
-def make_shard(task: ShardTask, count_clip: Callable[[], None] | None = None) -> dict:
+def make_shard(task: ShardTask, count_clip: Callable[[], None] = lambda: None) -> dict:
     """Decode a shard's clips, cut them into segments and write them.
 
     Parameters
     ----------
     task : ShardTask
         What to make and where.
-    count_clip : callable or None
-        Called after each clip; None counts for this machine's pool of workers.
+    count_clip : callable
+        Called after each clip.
 
     Returns
     -------
@@ -335,7 +339,6 @@ def make_shard(task: ShardTask, count_clip: Callable[[], None] | None = None) ->
     """
     counts = {"clips": 0, "segments": 0}
     skipped = []
-    count_clip = count_clip or _count_clip
     with written_whole(task.path) as shard:
         for clip_id, mp3_path, labels in task.clips:
             start, num_segments = shard.tell(), 0
@@ -458,25 +461,103 @@ def _local_workers(
     num_workers: int, so_far: Callable[[], str]
 ) -> Iterator[tuple[Callable, Callable[[], int]]]:
     """Hold processes that make shards; like `cluster.connect`, which see."""
-    # Started afresh, not forked: a fork would copy whatever threads and locks we hold.
-    context = multiprocessing.get_context("spawn")
-    clips_counted = context.Value("q", 0)
-    with ProcessPoolExecutor(
-        num_workers, context, initializer=_start_worker, initargs=(clips_counted,)
-    ) as executor:
+    workers = []
+    idle = queue.SimpleQueue()
+
+    def make(task: ShardTask) -> dict:
+        worker = idle.get()
         try:
-            # Read without its lock: a worker that was killed may hold it for ever.
-            yield partial(executor.submit, make_shard), lambda: clips_counted.get_obj().value
-        except BrokenProcessPool:
+            return worker.make_shard(task)
+        finally:
+            idle.put(worker)
+
+    with ThreadPoolExecutor(num_workers) as threads:
+
+        def submit(task: ShardTask) -> Future:
+            if len(workers) < num_workers:
+                workers.append(_Worker())
+                idle.put(workers[-1])
+            return threads.submit(make, task)
+
+        try:
+            yield submit, lambda: sum(worker.clips_counted for worker in workers)
+        except _WorkerDiedError:
             raise BuildError(
                 f"a worker process died ({so_far()}): perhaps for lack of memory; run the same "
                 "command again to go on, with fewer --num-workers if it dies again"
             ) from None
-        except BaseException:
-            for process in (executor._processes or {}).values():
-                process.terminate()
-            executor.shutdown(cancel_futures=True)
-            raise
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.end()
+
+
+class _WorkerDiedError(Exception):
+    pass
+
+
+class _Worker:
+    """A process that makes one shard after another.
+
+    It shares a pipe with us and nothing with other workers: one that dies, at whatever moment,
+    leaves no lock held and no queue cut short that another, or we, would wait at for ever.
+    (`concurrent.futures.ProcessPoolExecutor` does where one dies while the next is started: Python
+    3.11's waits for that one, whom no one ends.)
+    """
+
+    def __init__(self):
+        # Started afresh, not forked: a fork would copy whatever threads and locks we hold.
+        context = multiprocessing.get_context("spawn")
+        self.clips_counted = 0
+        self._connection, its_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(its_end,), daemon=True)
+        # It inherits what is blocked: Ctrl-C is for us, who then end it. A first process starts
+        # one more, in which the standard library unblocks it.
+        resource_tracker.ensure_running()
+        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+            its_end.close()  # the last copy is the worker's: its death is the end of the pipe
+
+    def make_shard(self, task: ShardTask) -> dict:
+        """Do `make_shard` there, and count the clips that it is through with."""
+        try:
+            self._connection.send(task)
+            while (result := self._connection.recv()) is None:
+                self.clips_counted += 1
+        except (EOFError, OSError):
+            raise _WorkerDiedError from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+
+
+def _work(connection: "Connection") -> None:
+    """Be a worker: take tasks, say each clip that is done by None, and then the shard's entry."""
+    # Else it would go on for as long as its shard takes when its parent was killed.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError):  # of the pipe, when we are no longer wanted
+        while True:
+            task = connection.recv()
+            try:
+                result = make_shard(task, partial(connection.send, None))
+            except Exception as error:
+                # The stack stays here: what is left of it for --verbose.
+                error.add_note(traceback.format_exc())
+                result = error
+            connection.send(result)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextmanager
@@ -507,38 +588,12 @@ def _signals_noted() -> Iterator[Callable[[], None]]:
 
 def _run_tasks(submit: Callable, tasks: list[ShardTask], on_wait: Callable) -> Iterator[dict]:
     """Yield each shard's entry as it is finished, by whatever gives futures."""
-    # Workers start here and inherit what is blocked: Ctrl-C is for us, who then end them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        pending = {submit(task) for task in tasks}
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    pending = {submit(task) for task in tasks}
     while pending:
         finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
         on_wait()  # first: a signal may have been for our workers too, who have died of it
         for future in finished:
             yield future.result()
-
-
-_clips_counted = None  # of this worker's pool: clips finished by all its workers
-
-
-def _start_worker(clips_counted) -> None:
-    global _clips_counted
-    _clips_counted = clips_counted
-    # A pool's workers outlive a parent that was killed: they would wait for tasks for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _count_clip() -> None:
-    if _clips_counted is not None:
-        with _clips_counted.get_lock():
-            _clips_counted.value += 1
 
 
 def _gather(tasks: list[ShardTask], done: dict[str, dict], tags, options: dict) -> dict:

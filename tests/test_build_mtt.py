@@ -321,6 +321,37 @@ def test_death_of_a_worker_is_said_and_ends_the_build(data_dir):
     assert "run the same command again" in last
 
 
+def test_death_of_a_worker_while_another_is_started_ends_the_build(data_dir):
+    """The moment at which pools of processes are known to wait for ever."""
+    program = """if True:
+        import multiprocessing.context, sys, time
+        start = multiprocessing.context.SpawnProcess.start
+        started = []
+
+        def start_when_the_first_is_dead(process):
+            if started:
+                started[0].kill()
+                time.sleep(0.5)
+            start(process)
+            started.append(process)
+
+        multiprocessing.context.SpawnProcess.start = start_when_the_first_is_dead
+        import build_mtt
+        sys.exit(build_mtt.main(sys.argv[1:]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command(data_dir, "--num-workers", "2")[2:]],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: a worker process died (" in done.stderr.splitlines()[-1]
+
+
 @needs_proc
 @pytest.mark.parametrize("num_shards", [0, 1])
 def test_workers_end_with_a_killed_parent(data_dir, num_shards):
