@@ -320,6 +320,9 @@ def _start_stage(
             f"{train_dir}: holds checkpoints of another network ({'; '.join(different)}): "
             "use the same options or another --train-dir"
         )
+    if resume_path.exists() and run.job.is_first:
+        with run.job.alone():
+            _write_checkpoint(stage_dir, state, checkpoint)  # an end came before it was
     return state, checkpoint
 
 
@@ -430,7 +433,7 @@ def _run_stage(run: Run, stage: int, state: StageState, checkpoint: checkpoints.
         if job.is_first:
             job.synchronise_norms(checkpoint.network, False)
             with job.alone():
-                _write_epoch(run, stage, state, checkpoint, trainer, improved)
+                _write_epoch(run, stage, state, checkpoint, trainer)
             job.synchronise_norms(checkpoint.network)
             events.write(row)
         job.wait_for_all(f"stage {stage} epoch {epoch}")  # to be written
@@ -449,22 +452,28 @@ def _write_epoch(
     state: StageState,
     checkpoint: checkpoints.Checkpoint,
     trainer: "keras.Model",
-    improved: bool,
 ) -> None:
-    # A checkpoint stands before the state that counts on it: whenever the program is killed,
-    # what is there is either the epoch before or this one.
+    # Whenever the program is killed, what is there is the epoch before or this one: what goes on
+    # is written first, and holds the checkpoint that may be missing then.
     stage_dir = run.stage_dir(stage)
     checkpoint.training = {
         "stage": stage,
         "state": asdict(state),
         "options": asdict(run.options),
     }
-    if improved:
-        name = checkpoints.checkpoint_name(state.epoch, state.best_loss)
-        checkpoints.save(stage_dir / name, checkpoint)
     checkpoints.save(stage_dir / RESUME_NAME, checkpoint, trainer)
+    _write_checkpoint(stage_dir, state, checkpoint)
     _write_history(stage_dir / HISTORY_NAME, state.history)
     _draw_training(run.train_dir)
+
+
+def _write_checkpoint(
+    stage_dir: Path, state: StageState, checkpoint: checkpoints.Checkpoint
+) -> None:
+    """Write the last epoch's checkpoint, if it is the best one and not there."""
+    path = stage_dir / checkpoints.checkpoint_name(state.epoch, state.best_loss)
+    if state.epochs_without_improvement == 0 and not path.exists():
+        checkpoints.save(path, checkpoint)
 
 
 def compile_trainer(
