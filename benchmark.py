@@ -951,7 +951,7 @@ def build_parser() -> argparse.ArgumentParser:
     measured = parser.add_argument_group("what to measure")
     measured.add_argument(
         "stages", metavar="STAGE", nargs="+", choices=(*STAGES, *EXTRA_STAGES, "all"),
-        help=f"what to measure: {', '.join(STAGES)}, all of these, or {', '.join(EXTRA_STAGES)}",
+        help=f"what to measure: {', '.join(STAGES)}, or all for these; {', '.join(EXTRA_STAGES)}",
     )  # fmt: skip
     cli.add_data_dir(measured, "dataset for decode, build, input, start and growth")
     add = measured.add_argument
@@ -1025,12 +1025,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="forbid tf32 for float32 on GPUs that have it (default: allowed)",
     )
-    add(
-        "--jit",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="compile the network by XLA (default: auto)",
-    )
+    cli.add_jit(machine)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json", metavar="FILE", default=None, help="write the figures here too (default: no)"

@@ -923,12 +923,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compute in bfloat16 where that is safe (default: off)",
     )
-    add(
-        "--jit",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="compile the network by XLA; auto does where it was measured to pay (default: auto)",
-    )
+    cli.add_jit(machine)
     add(
         "--device-cache",
         choices=("auto", "on", "off"),

@@ -86,7 +86,9 @@ def test_exchange_by_hand():
 
 def test_a_step_is_its_longest_part():
     # 800 segments at 4,000/s a host are 0.2 s, 100 a GPU at 1,000/s 0.1 s.
-    its = Plan(gpus=8, batch_size=800, gpu_rate=1000.0, input_rate=4000.0, gpu_memory=1.0)
+    its = Plan(
+        clips=25_000, gpus=8, batch_size=800, gpu_rate=1000.0, input_rate=4000.0, gpu_memory=1.0
+    )
     parts = step_times(its)
     assert parts["GPU"] == pytest.approx(0.1)
     assert parts["input"] == pytest.approx(0.2)
@@ -111,19 +113,20 @@ def test_storage_holds_up_what_memory_does_not_hold():
 
 
 def test_segments_on_the_device_cost_no_reading():
-    # 187,500 segments are 44 GB: they fit 0.6 of 80 GB, not of 70, and only of one host.
+    # 158,332 segments are 37.4 GB: they fit 0.45 of 84 GB, not of 83, and only of one host.
     on_device = Plan(gpus=1)
     assert reckon_training(on_device)["segments_from"] == "GPU memory"
     assert step_times(on_device)["input"] == 0
-    assert reckon_training(replace(on_device, gpu_memory=70.0))["segments_from"] == "page cache"
+    assert reckon_training(replace(on_device, gpu_memory=83.0))["segments_from"] == "page cache"
     two_hosts = replace(on_device, gpus=2, gpus_per_host=1)
     assert reckon_training(two_hosts)["segments_from"] == "page cache"
 
 
 def test_an_epoch_and_the_whole_by_hand():
     its = Plan(
-        gpus=1, gpu_rate=1000.0, input_rate=2000.0, sequential_rate=2500.0, epochs=3, stages=2
-    )
+        clips=25_000, gpus=1, gpu_rate=1000.0, input_rate=2000.0, sequential_rate=2500.0, epochs=3,
+        stages=2, gpu_memory=100.0,
+    )  # fmt: skip
     found = reckon_training(its)
     # 20,000 segments of validation: read in 8 s, predicted at three times the rate, 2,000 scores.
     validation = 8 + 20_000 / 3000 + 2000 * 2e-5
