@@ -198,7 +198,7 @@ def _decode_av(path: Path, sample_rate: int, stop: float | None) -> Iterator[np.
                         yield _samples(resampler.resample(fifo.read()))
                 resampled = resampler.resample(fifo.read()) if fifo.samples else []
                 yield _samples(resampled + resampler.resample(None))
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, OverflowError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise AudioError(f"{path}: cannot be decoded: {reason}") from None
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import queue
 import shutil
@@ -28,7 +29,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -56,6 +57,7 @@ from input_data import (
     MANIFEST_NAME,
     SHARD_FOLDER,
     Clip,
+    allow_open_files,
     append_records,
     encode_clip,
     read_manifest,
@@ -95,6 +97,7 @@ _EARLIER_OPTIONS = {
 # One small file a finished shard, gathered into the manifest at the end.
 _PROGRESS_FOLDER = ".progress"
 _LOCK_NAME = ".lock"
+_FILES_A_WORKER = 3  # that its parent holds open
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What file systems of several machines say that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -216,7 +219,8 @@ def build(
     named = list(clips[MP3_PATH])
     if audio_suffix is not None:
         clips[MP3_PATH] = _with_suffix(clips[MP3_PATH], audio_suffix)
-    if not any((audio_folder / mp3_path).is_file() for mp3_path in clips[MP3_PATH]):
+    # os.path's tests are False, not an error, for what may not be looked at or has no such name.
+    if not any(os.path.isfile(audio_folder / mp3_path) for mp3_path in clips[MP3_PATH]):
         raise BuildError(
             f"{audio_folder}: none of the {len(clips)} clips is here: unpack them so that "
             f"{audio_folder / clips[MP3_PATH].iloc[0]} is one of them"
@@ -289,7 +293,7 @@ def _check_links(
     for path, name in zip(paths, named, strict=True):
         place = audio_dir / path
         target = Path(resolve_folder(place.parent), place.name)
-        if target.is_symlink():
+        if os.path.islink(target):
             target = Path(os.path.realpath(target))
         if not target.is_relative_to(inside):
             raise AnnotationsError(
@@ -427,7 +431,7 @@ def _make_shards(
         cluster = _import_cluster()
         first = to_do[0]
         paths = (clip[1] for task in tasks for clip in task.clips)
-        clip = next(path for path in paths if (first.audio_dir / path).is_file())
+        clip = next(path for path in paths if os.path.isfile(first.audio_dir / path))
         agreed = cluster.terms(first.path.parent, first.audio_dir, clip, first.decoder)
         workers = cluster.connect(scheduler, agreed, so_far, cli.say)
     with (
@@ -444,7 +448,8 @@ def _make_shards(
 
         try:
             for entry in _run_tasks(submit, to_do, on_wait):
-                note = json.dumps(entry, ensure_ascii=False).encode()
+                # A name that is no UTF-8 has surrogates, which JSON knows as escapes.
+                note = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace")
                 write_atomically(progress_dir / f"{entry['name']}.json", note)
                 done[entry["name"]] = entry
         except OSError as error:
@@ -471,13 +476,20 @@ def _local_workers(
         finally:
             idle.put(worker)
 
+    allow_open_files(_FILES_A_WORKER * num_workers)
     with ThreadPoolExecutor(num_workers) as threads:
 
         def submit(task: ShardTask) -> Future:
-            if len(workers) < num_workers:
-                workers.append(_Worker())
-                idle.put(workers[-1])
-            return threads.submit(make, task)
+            try:
+                if len(workers) < num_workers:
+                    workers.append(_Worker())
+                    idle.put(workers[-1])
+                return threads.submit(make, task)
+            except (RuntimeError, BlockingIOError) as error:
+                raise BuildError(
+                    f"no more processes or threads can be started ({error}; {so_far()}): run the "
+                    "same command again with fewer --num-workers"
+                ) from None
 
         try:
             yield submit, lambda: sum(worker.clips_counted for worker in workers)
@@ -489,7 +501,9 @@ def _local_workers(
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
-                worker.end()
+                worker.kill()
+            for worker in workers:
+                worker.join()
 
 
 class _WorkerDiedError(Exception):
@@ -533,31 +547,37 @@ class _Worker:
             raise result
         return result
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
+
+    def join(self) -> None:
+        """Wait for its end."""
         self._process.join()
 
 
 def _work(connection: "Connection") -> None:
     """Be a worker: take tasks, say each clip that is done by None, and then the shard's entry."""
-    # Else it would go on for as long as its shard takes when its parent was killed.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    cli.end_with_parent()
     with suppress(EOFError, OSError):  # of the pipe, when we are no longer wanted
         while True:
             task = connection.recv()
             try:
                 result = make_shard(task, partial(connection.send, None))
             except Exception as error:
-                # The stack stays here: what is left of it for --verbose.
-                error.add_note(traceback.format_exc())
-                result = error
+                result = _as_sent(error)
             connection.send(result)
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def _as_sent(error: Exception) -> Exception:
+    """Note the stack on an error, for --verbose: it stays here; give one that can be sent."""
+    stack = traceback.format_exc()
+    error.add_note(stack)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}\n{stack}")
+    return error
 
 
 @contextmanager
@@ -588,12 +608,17 @@ def _signals_noted() -> Iterator[Callable[[], None]]:
 
 def _run_tasks(submit: Callable, tasks: list[ShardTask], on_wait: Callable) -> Iterator[dict]:
     """Yield each shard's entry as it is finished, by whatever gives futures."""
-    pending = {submit(task) for task in tasks}
-    while pending:
-        finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-        on_wait()  # first: a signal may have been for our workers too, who have died of it
-        for future in finished:
+    finished = queue.SimpleQueue()
+    for task in tasks:
+        submit(task).add_done_callback(finished.put)
+    num_left = len(tasks)
+    while num_left:
+        with suppress(queue.Empty):
+            future = finished.get(timeout=0.2)
+            num_left -= 1
+            on_wait()  # first: a signal may have been for our workers too, who have died of it
             yield future.result()
+        on_wait()
 
 
 def _gather(tasks: list[ShardTask], done: dict[str, dict], tags, options: dict) -> dict:
@@ -646,7 +671,7 @@ def _check_options(folder: Path, options: dict, tables: list[Path]) -> None:
     """Refuse to mix shards of other options with ours."""
     path = folder / _PROGRESS_FOLDER / "options.json"
     if path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = json.loads(path.read_text(encoding="utf-8"))
     elif (folder / MANIFEST_NAME).exists():
         earlier = read_manifest(folder / MANIFEST_NAME).get("options", {})
     else:
@@ -655,7 +680,9 @@ def _check_options(folder: Path, options: dict, tables: list[Path]) -> None:
     for name, value in options.items():
         if earlier.get(name) != value:
             what = (
-                f"{tables[0].name if len(tables) == 1 else 'a table'} has changed since"
+                f"{tables[0].name} has changed since"
+                if name == "annotations_sha256" and len(tables) == 1
+                else "the tables or their order have changed since"
                 if name == "annotations_sha256"
                 else f"--{name.replace('_', '-')} was {_as_typed(earlier.get(name))}, now "
                 f"{_as_typed(value)}"
@@ -684,7 +711,7 @@ def _finished_shards(folder: Path, progress_dir: Path, tasks: list[ShardTask]) -
         for row in manifest["skipped"]:
             noted[shard_of[row[CLIP_ID]]]["skipped"].append(row)
     for path in progress_dir.glob("*.tfrecord.json"):
-        entry = json.loads(path.read_text())
+        entry = json.loads(path.read_text(encoding="utf-8"))
         noted[entry["name"]] = entry
     done = {}
     for task in tasks:
@@ -710,7 +737,7 @@ def _can_do_better(task: ShardTask, entry: dict) -> bool:
     skipped = {row[MP3_PATH] for row in entry["skipped"]}
     # Audio that was taken away after the build must not cost the shard what it holds.
     if not mended or not all(
-        (task.audio_dir / mp3_path).is_file()
+        os.path.isfile(task.audio_dir / mp3_path)
         for _, mp3_path, _ in task.clips
         if mp3_path not in skipped
     ):

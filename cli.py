@@ -5,10 +5,12 @@ durations and sizes are said, errors, exit status.
 import argparse
 import importlib
 import logging
+import multiprocessing
 import os
 import re
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -294,6 +296,16 @@ def say(message: str) -> None:
 
 
 # --- Running a stage -----------------------------------------------------------------------------
+
+
+def end_with_parent() -> None:
+    """End this worker process when the one that started it is gone, which may be killed."""
+
+    def end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:

@@ -198,7 +198,9 @@ def _is_count(value: object) -> bool:
 def write_manifest(folder: str | Path, manifest: dict) -> None:
     """Write ``manifest.json``, whole or not at all."""
     content = json.dumps({"format": MANIFEST_FORMAT} | manifest, indent=1, ensure_ascii=False)
-    write_atomically(Path(folder) / MANIFEST_NAME, content.encode() + b"\n")
+    # A name that is no UTF-8 has surrogates, which JSON knows as escapes.
+    encoded = content.encode(errors="backslashreplace")
+    write_atomically(Path(folder) / MANIFEST_NAME, encoded + b"\n")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -700,7 +702,7 @@ class SegmentReader:
         self.num_samples = dataset.num_samples
         self.num_tags = len(dataset.tags)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
-        _allow_open_files(len(self._paths))
+        allow_open_files(len(self._paths))
         self._files = [open(path, "rb", buffering=0) for path in self._paths]  # noqa: SIM115
         indexes = list(self._threads.map(index_records, self._paths))
         # One row a segment: shard, number in the shard, offset, length.
@@ -800,7 +802,7 @@ class SegmentReader:
             yield batch.result()
 
 
-def _allow_open_files(num_files: int) -> None:
+def allow_open_files(num_files: int) -> None:
     """Raise this process's limit of open files, as far as it may, for so many beside the usual."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = num_files + _OTHER_FILES

@@ -17,7 +17,7 @@ This module owns the recipes: which layers of sound a clip has, and which tags f
 """
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import csv
 import dataclasses
 import functools
@@ -28,7 +28,8 @@ import sys
 from pathlib import Path
 
 import cli
-from errors import UsageError
+from errors import BuildError, UsageError
+from input_data import write_atomically
 
 import numpy as np
 from numpy.random import Generator, SeedSequence, default_rng
@@ -1189,18 +1190,8 @@ def encode_mp3(samples: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _write_clip(clip: Clip, mp3_dir: Path) -> None:
-    _write_whole(mp3_dir / clip.mp3_path, encode_mp3(synthesize(clip)))
+    write_atomically(mp3_dir / clip.mp3_path, encode_mp3(synthesize(clip)))
 
 
 def annotations_csv(clips: list[Clip]) -> bytes:
@@ -1241,6 +1232,8 @@ def make_demo_dataset(
     ------
     UsageError
         Fewer clips are asked for than there are folders.
+    BuildError
+        A worker died.
     OSError
         A file cannot be written.
     """
@@ -1254,11 +1247,19 @@ def make_demo_dataset(
 
     write = functools.partial(_write_clip, mp3_dir=mp3_dir)
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
-        written = pool.map(write, clips, chunksize=2)
-        for _ in cli.progress(written, total=len(clips), unit="clip", desc="synthesising"):
-            pass
-    _write_whole(out / "annotations_final.csv", annotations_csv(clips))
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+            num_workers, mp_context=spawn, initializer=cli.end_with_parent
+        ) as pool:
+            written = pool.map(write, clips, chunksize=2)
+            for _ in cli.progress(written, total=len(clips), unit="clip", desc="synthesising"):
+                pass
+    except concurrent.futures.process.BrokenProcessPool:
+        raise BuildError(
+            "a worker process died: perhaps for lack of memory; run the same command again, with "
+            "fewer --num-workers if it dies again"
+        ) from None
+    write_atomically(out / "annotations_final.csv", annotations_csv(clips))
     return clips
 
 

@@ -54,6 +54,10 @@ class TableForm:
             raise UsageError("--split-column and --split-by: the split is one or the other")
         if self.tags_delimiter == "":
             raise UsageError("--tags-delimiter: must not be empty")
+        if self.split_seed and not self.split_by:
+            raise UsageError("--split-seed: is of --split-by, which is not given")
+        if self.split_seed >= 2**32:
+            raise UsageError("--split-seed: must be less than 2^32")
 
 
 @dataclass
@@ -118,7 +122,6 @@ def read_tables(
     _check_paths(table, path_column)
     if id_column:
         _check_unique(table, id_column, table.values(id_column))
-    splits, split_found = _find_splits(table, path_column, form)
     kept_apart = {path_column, id_column, form.split_by, *_split_columns(table, form), ""}
     lists, tags_found = _find_tags(table, kept_apart, form)
 
@@ -134,11 +137,11 @@ def read_tables(
     for row, row_tags in enumerate(lists):
         labels[row, [place[tag] for tag in row_tags if tag in place]] = 1
 
+    is_tagged = labels.any(axis=1)
     clips = pd.DataFrame(labels, columns=list(tags))
     clips[CLIP_ID] = table.values(id_column or path_column)
     clips[MP3_PATH] = table.values(path_column)
-    clips["split"] = splits
-    is_tagged = labels.any(axis=1)
+    clips["split"], split_found = _find_splits(table, path_column, form, is_tagged)
     clips = clips[is_tagged].reset_index(drop=True)
     found = [f"paths are in column {path_column!r}, {tags_found.said}, {split_found}"]
     if tags_found.unused:
@@ -148,6 +151,8 @@ def read_tables(
         f"{len(clips)} of {len(table.rows)} clips carry one or more of the {len(tags)} most "
         f"frequent of {len(names)} tags"
     )
+    if empty := [split for split in SPLITS if not (clips["split"] == split).any()]:
+        found.append(f"splits without a clip: {', '.join(empty)}")
     if unlearnt := [tag for tag in tags if not clips.loc[clips["split"] == "train", tag].any()]:
         found.append(f"tags without a clip in train: {', '.join(unlearnt)}")
     return clips, tags, found
@@ -186,6 +191,8 @@ def _read(path: Path) -> _Table:
         raise AnnotationsError(f"{path}: is a folder, not a table") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise AnnotationsError(f"{path}: not a CSV or TSV table in UTF-8: {error}") from None
+    if not header and rows:
+        raise AnnotationsError(f"{path}: row 1 is empty: the columns' names must stand there")
     if not any(header) or not rows:
         raise AnnotationsError(f"{path}: the table has no rows")
     names = [name for name in header if name]
@@ -371,12 +378,15 @@ def _split_columns(table: _Table, form: TableForm) -> list[str]:
     return [form.split_column or "", *(n for n in table.header if n.casefold() == SPLIT_COLUMN)]
 
 
-def _find_splits(table: _Table, path_column: str, form: TableForm) -> tuple[list[str], str]:
+def _find_splits(
+    table: _Table, path_column: str, form: TableForm, is_kept: np.ndarray
+) -> tuple[list[str], str]:
+    """Find each row's split; where it is drawn, the rows that are kept alone count."""
     if form.split_column:
         column = _named(table, form.split_column, "--split-column")
         return _read_splits(table, column)
     if form.split_by:
-        return _split_by_groups(table, path_column, form)
+        return _split_by_groups(table, path_column, form, is_kept)
     tables = {row.path for row in table.rows}
     of_names = {path: _split_in_name(path) for path in tables}
     if len(tables) > 1 and all(of_names.values()):
@@ -407,7 +417,9 @@ def _split_in_name(path: Path) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
-def _split_by_groups(table: _Table, path_column: str, form: TableForm) -> tuple[list[str], str]:
+def _split_by_groups(
+    table: _Table, path_column: str, form: TableForm, is_kept: np.ndarray
+) -> tuple[list[str], str]:
     if form.split_by == FOLDER and FOLDER not in table.header:
         column, what = path_column, "first folder of the path"
         parts = [PurePosixPath(path).parts for path in table.values(path_column)]
@@ -419,13 +431,14 @@ def _split_by_groups(table: _Table, path_column: str, form: TableForm) -> tuple[
     for row, group in zip(table.rows, groups, strict=True):
         if not group:
             raise _refuse(row, column, "is in no folder" if what[0] == "f" else "found nothing")
-    if len(set(groups)) < len(SPLITS):
+    sizes = Counter(group for group, is_one in zip(groups, is_kept, strict=True) if is_one)
+    if len(sizes) < len(SPLITS):
         raise AnnotationsError(
-            f"{table.rows[0].path}: {what}: {len(set(groups))} different, too few for "
+            f"{table.rows[0].path}: {what}: {len(sizes)} different with a tag, too few for "
             f"{', '.join(SPLITS)}: split by something else"
         )
-    split_of = draw_splits(Counter(groups), form.split_seed)
-    return [split_of[group] for group in groups], (
+    split_of = draw_splits(sizes, form.split_seed)
+    return [split_of.get(group) for group in groups], (
         f"the split is drawn by {what} ({len(split_of)} groups, seed {form.split_seed})"
     )
 
