@@ -758,7 +758,7 @@ def say_rate_of_a_host(
 ) -> None:
     """Train as one process of a job on some cores; the first prints its rates as JSON."""
     os.sched_setaffinity(0, cores)
-    cli.import_quietly("keras")
+    cli.import_keras()
     from jax_training import JaxTrainer
     from model import NetworkConfig, build_network
     from train import Options, compile_trainer
@@ -1051,7 +1051,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         return _report(measure_sweep(arguments, machine), machine, arguments.json)
     if arguments.profile and os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
         raise UsageError("--profile: needs the JAX or the PyTorch backend (--backend)")
-    cli.import_quietly("keras")
+    cli.import_keras()
     _allow_tf32(not arguments.no_tf32)
     return _report(_measure_all(arguments, stages, data_dir), describe_machine(), arguments.json)
 
@@ -1078,7 +1078,7 @@ def _report(
     measured: Iterator[Figure | Failure], machine: dict[str, str], json_path: str | None
 ) -> int:
     """Say each figure when it is known, write the file anew with it, and print the table."""
-    from input_data import write_atomically
+    from files import write_atomically
 
     figures, failures = [], []
     for found in measured:

@@ -14,7 +14,6 @@ missing.
 import argparse
 import csv
 import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -52,6 +51,7 @@ from annotations import (
 )
 from audio import CLIP_SECONDS, DECODERS, cut_pieces, decode_pieces, import_madmom
 from errors import AnnotationsError, AudioError, BuildError, Interrupted, UsageError
+from files import only_run, remove_leftovers, write_atomically, written_whole
 from input_data import (
     ENCODINGS,
     MANIFEST_NAME,
@@ -61,11 +61,8 @@ from input_data import (
     append_records,
     encode_clip,
     read_manifest,
-    remove_leftovers,
     shard_name,
-    write_atomically,
     write_manifest,
-    written_whole,
 )
 from tables import (
     FOLDER,
@@ -96,11 +93,8 @@ _EARLIER_OPTIONS = {
 }
 # One small file a finished shard, gathered into the manifest at the end.
 _PROGRESS_FOLDER = ".progress"
-_LOCK_NAME = ".lock"
 _FILES_A_WORKER = 3  # that its parent holds open
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What file systems of several machines say that have no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -246,7 +240,7 @@ def build(
 
     folder = data_dir / SHARD_FOLDER
     folder.mkdir(exist_ok=True, parents=bool(annotations))
-    with _only_build(folder):
+    with only_run(folder, "build", BuildError):
         _check_options(folder, options, tables)
         remove_leftovers(folder)
         progress_dir = folder / _PROGRESS_FOLDER
@@ -650,21 +644,6 @@ def _versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _only_build(folder: Path):
-    """Hold the folder's lock; it is freed even when the process is killed."""
-    with open(folder / _LOCK_NAME, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuildError(f"{folder}: another build is at work here") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            cli.say(f"{folder}: cannot be locked ({error.strerror}): start no second build in it")
-        yield
 
 
 def _check_options(folder: Path, options: dict, tables: list[Path]) -> None:

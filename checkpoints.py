@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import math
-import os
 import re
 import struct
 import sys
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING
 
 import cli
 from annotations import MTT_TOP_TAGS
-from errors import CheckpointError, UsageError, name_file
+from errors import CheckpointError, UsageError
 from exports import FORMS, export
+from files import replaced_whole
 
 import numpy as np
 
@@ -115,8 +115,6 @@ def save(path: str | Path, checkpoint: Checkpoint, trainer: "keras.Model | None"
     trainer : keras.Model or None
         The compiled model that shares the network's layers: its optimizer's state is written too.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.tmp.keras")
     description = {
         "format": _DESCRIPTION_FORMAT,
         "network": checkpoint.config.to_json(),
@@ -124,18 +122,10 @@ def save(path: str | Path, checkpoint: Checkpoint, trainer: "keras.Model | None"
         "sample_rate": checkpoint.sample_rate,
         "training": checkpoint.training,
     }
-    try:
+    with replaced_whole(path, suffix=".keras") as temporary:
         (trainer or checkpoint.network).save(temporary)
         with zipfile.ZipFile(temporary, "a") as archive:
             archive.writestr(_DESCRIPTION_NAME, json.dumps(description, indent=1))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        name_file(error, path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- Loading -------------------------------------------------------------------------------------
@@ -541,7 +531,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
     cli.check_model(arguments.model_path)
-    cli.import_quietly("keras")
+    cli.import_keras()
     checkpoint = load(arguments.model_path)
     config = checkpoint.config
     cli.say(

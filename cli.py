@@ -3,7 +3,7 @@ durations and sizes are said, errors, exit status.
 """
 
 import argparse
-import importlib
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -21,6 +21,13 @@ import minimum_python  # noqa: F401  # first: the rest needs a later Python
 from errors import ToolkitError, UsageError
 
 from tqdm import tqdm
+
+# Keras's backends, and what to install for each.
+_BACKENDS = {
+    "tensorflow": "requirements.txt",
+    "jax": "requirements/backends.txt",
+    "torch": "requirements/backends.txt",
+}
 
 # How JAX, PyTorch and XLA say it, whose errors are of no type of their own.
 _OUT_OF_MEMORY = re.compile(
@@ -190,6 +197,20 @@ def import_quietly(*modules: str) -> None:
     with chatter_held():
         for module in modules:
             importlib.import_module(module)
+
+
+def import_keras() -> None:
+    """Import Keras and its backend quietly; `UsageError` where the backend cannot be had."""
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend not in _BACKENDS:
+        raise UsageError(f"KERAS_BACKEND={backend}: expected one of {', '.join(_BACKENDS)}")
+    # Keras asks for its backend by importing it.
+    if importlib.util.find_spec(backend) is None:
+        raise UsageError(
+            f"{backend}, Keras's backend here, is not installed: python -m pip install -r "
+            f"{_BACKENDS[backend]}, or name another by KERAS_BACKEND ({', '.join(_BACKENDS)})"
+        )
+    import_quietly("keras")
 
 
 @contextmanager

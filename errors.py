@@ -5,12 +5,6 @@ everything else that is raised, but for what the operating system refuses, is a 
 """
 
 
-def name_file(error: OSError, path: object) -> None:
-    """Give the error of a write, which does not say where, the name of its file."""
-    if error.filename is None:
-        error.filename = str(path)
-
-
 class ToolkitError(Exception):
     """Base of every error whose message is meant for the user."""
 

@@ -148,8 +148,9 @@ def write_report(
     )
     per_tag.to_csv(folder / "per_tag.csv", index=False, float_format="%.6f")
     table = pd.DataFrame(predictions, columns=list(tags))
-    table.insert(0, "clip_id", [clip.clip_id for clip in clips])
-    table.insert(1, "mp3_path", [clip.mp3_path for clip in clips])
+    # Tags may have these names, too.
+    table.insert(0, "clip_id", [clip.clip_id for clip in clips], allow_duplicates=True)
+    table.insert(1, "mp3_path", [clip.mp3_path for clip in clips], allow_duplicates=True)
     table.to_csv(folder / "predictions.csv", index=False, float_format="%.8f")
     figures.plot_tags(folder / "per_tag.png", tags, len(clips), scores, resamples)
     return resamples
@@ -326,7 +327,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for model_path in arguments.model_paths:
         cli.check_model(model_path)
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
-    cli.import_quietly("keras")
+    cli.import_keras()
     names = model_names(arguments.model_paths)
     is_alone = len(names) == 1
     all_scores, all_resamples = [], []

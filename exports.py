@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import cli
 from errors import ExportError, UsageError
-from input_data import write_atomically
+from files import write_atomically
 
 import numpy as np
 

@@ -10,14 +10,14 @@ pickle, which runs code that someone may have put in it when it is read.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cli
-from errors import UsageError, name_file
+from errors import UsageError
 from evaluation import DEFAULT_BATCH_SIZE, check_fits, clip_mean, predict_clips
+from files import replaced_whole
 from input_data import open_dataset, read_clips
 
 import numpy as np
@@ -103,8 +103,7 @@ def write(path: str | Path, table: "pd.DataFrame") -> None:
         Two columns of the table have one name, which Parquet does not allow.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replaced_whole(path, path.suffix) as temporary:
         if path.suffix == PARQUET_SUFFIX:
             repeated = table.columns[table.columns.duplicated()]
             if len(repeated):
@@ -118,14 +117,6 @@ def write(path: str | Path, table: "pd.DataFrame") -> None:
             plain = table.astype({name: object for name in table.select_dtypes("str").columns})
             plain.columns = table.columns.astype(object)
             plain.to_pickle(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        name_file(error, path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -164,10 +155,10 @@ def _extract(arguments: argparse.Namespace) -> None:
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
-    cli.import_quietly("keras")
+    cli.import_keras()
     table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
     write(output, table)
-    num_depths = table["depth"].nunique()
+    num_depths = table.iloc[:, 1].nunique()  # by place: a tag may be named depth
     cli.say(
         f"{output}: {cli.count(len(table), 'row')}, "
         f"{cli.count(len(table) // num_depths, 'clip')} at {num_depths} depths, "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from evaluation import CONFIDENCE, Resamples, Scores, clip_mean, interval
-from input_data import write_atomically
+from files import write_atomically
 
 import numpy as np
 

@@ -27,12 +27,9 @@ import json
 import os
 import re
 import resource
-import secrets
-import socket
 import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -40,7 +37,8 @@ from typing import BinaryIO
 
 from annotations import ANNOTATIONS_NAME, MTT_TOP_TAGS, SPLITS, missing_dataset_message, read_mtt
 from audio import segments_a_part
-from errors import AnnotationsError, ShardError, name_file
+from errors import AnnotationsError, ShardError
+from files import write_atomically, written_whole
 
 import google_crc32c
 import numpy as np
@@ -201,43 +199,6 @@ def write_manifest(folder: str | Path, manifest: dict) -> None:
     # A name that is no UTF-8 has surrogates, which JSON knows as escapes.
     encoded = content.encode(errors="backslashreplace")
     write_atomically(Path(folder) / MANIFEST_NAME, encoded + b"\n")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, then give it its name."""
-    with written_whole(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Give a temporary file to write, and give it its name when all is written and flushed."""
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            name_file(error, path)
-        raise
-
-
-def _temporary(path: Path) -> Path:
-    # Of this writing alone: a worker that was given up, on this host or another, may still be
-    # writing the same shard.
-    writer = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
-    return path.with_name(f".{path.name}.{writer}.tmp")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of runs that were killed; only where no other run writes."""
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
 
 
 def _find_shards(folder: Path) -> dict[str, list[Path]]:

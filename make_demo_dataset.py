@@ -29,7 +29,7 @@ from pathlib import Path
 
 import cli
 from errors import BuildError, UsageError
-from input_data import write_atomically
+from files import write_atomically
 
 import numpy as np
 from numpy.random import Generator, SeedSequence, default_rng

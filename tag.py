@@ -26,7 +26,8 @@ import figures
 from audio import cut_pieces, decode_pieces
 from errors import AudioError, CheckpointError, UsageError
 from evaluation import DEFAULT_BATCH_SIZE, clip_mean, predict_clips
-from input_data import Clip, write_atomically
+from files import write_atomically
+from input_data import Clip
 
 import numpy as np
 from tqdm import tqdm
@@ -301,7 +302,7 @@ def _tag(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{', '.join(arguments.audio)}: no files in it")
     _check_taggrams(arguments, len(files))
 
-    cli.import_quietly("keras")
+    cli.import_keras()
     import checkpoints
 
     checkpoint = checkpoints.load(arguments.model_path)

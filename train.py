@@ -14,6 +14,7 @@ GPUs train together, and on JAX those of several hosts (`distribution`).
 
 import argparse
 import csv
+import gc
 import io
 import json
 import math
@@ -24,7 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,14 +37,8 @@ import figures
 from distribution import Job
 from errors import Interrupted, ToolkitError, TrainingError, UsageError
 from evaluation import Scores, binary_crossentropy, check_fits, clip_mean, predict_clips, score
-from input_data import (
-    Dataset,
-    SegmentReader,
-    open_dataset,
-    read_clips,
-    shuffled_order,
-    write_atomically,
-)
+from files import only_run, remove_leftovers, write_atomically
+from input_data import Dataset, SegmentReader, open_dataset, read_clips, shuffled_order
 
 import numpy as np
 
@@ -172,6 +167,7 @@ def train(
         _open_segments(dataset, options) as segments,
         _open_job(options, stop) as job,
         job.scope(),
+        ExitStack() as held,
     ):
         job.check_same("options", lambda: repr((options, config)), mend="give all the same command")
         job.check_batch_size(options.batch_size)
@@ -186,6 +182,7 @@ def train(
         job.say(describe_device(jit, options.mixed_precision, job))
         run = Run(train_dir, dataset, segments, options, jit, job, stop)
         _check_train_dir_is_shared(run)
+        held.enter_context(_only_training(run))
         for stage in range(options.initial_stage, options.num_lr_decays):
             state, checkpoint = _start_stage(run, stage, config)
             if state.history and job.is_first:  # an end between the two files left one row too few
@@ -197,7 +194,9 @@ def train(
                 _run_stage(run, stage, state, checkpoint)
             _check_train_dir(run)  # all see the best of this stage
             if job.of_first(not (run.stage_dir(stage) / TEST_NAME).exists()):
-                scores[stage] = _test(run, stage)
+                tested = _test(run, stage)
+                if tested is not None:
+                    scores[stage] = tested
         job.say(f"{train_dir}: all {options.num_lr_decays} stages are finished")
     return scores
 
@@ -320,10 +319,29 @@ def _start_stage(
             f"{train_dir}: holds checkpoints of another network ({'; '.join(different)}): "
             "use the same options or another --train-dir"
         )
+    options = run.options
+    if state.history and (
+        state.epoch + 1 >= options.max_epochs
+        or state.epochs_without_improvement >= options.patience
+    ):
+        state.finished = True  # by options that are stricter than the earlier run's
     if resume_path.exists() and run.job.is_first:
         with run.job.alone():
             _write_checkpoint(stage_dir, state, checkpoint)  # an end came before it was
     return state, checkpoint
+
+
+@contextmanager
+def _only_training(run: Run) -> Iterator[None]:
+    """Let no other training write to the folder, and clear what killed ones left there."""
+    if not run.job.is_first:
+        yield
+        return
+    run.train_dir.mkdir(parents=True, exist_ok=True)
+    with only_run(run.train_dir, "training", TrainingError):
+        for folder in (run.train_dir, *run.train_dir.glob("*/")):
+            remove_leftovers(folder)
+        yield
 
 
 def _all_shards(dataset: Dataset) -> list[Path]:
@@ -399,12 +417,19 @@ def _run_stage(run: Run, stage: int, state: StageState, checkpoint: checkpoints.
     job.synchronise_norms(checkpoint.network)
     trainer = compile_trainer(checkpoint.network, options, stage, run.jit)
     if (stage_dir / RESUME_NAME).exists():
+        # Keras keeps no velocities where there is no momentum.
+        earlier = checkpoint.training.get("options", {}).get("momentum", options.momentum)
+        if bool(earlier) != bool(options.momentum):
+            raise UsageError(
+                f"{stage_dir}: was trained with --momentum {earlier:g}, now {options.momentum:g}: "
+                "use the same, or another --train-dir"
+            )
         checkpoints.load_optimizer(stage_dir / RESUME_NAME, trainer)
     run_epoch = _choose_loop(run, trainer)
     predictor = _choose_predictor(run, trainer)
     if job.is_first:
         stage_dir.mkdir(parents=True, exist_ok=True)
-        events = EventLog(stage_dir)
+        events = EventLog(stage_dir, state.history)
     lr = options.stage_lr(stage)
     job.say(f"stage {stage}: learning rate {lr:g}, from epoch {state.epoch + 1}")
     while not state.finished:
@@ -489,7 +514,7 @@ def compile_trainer(
     """
     import keras
 
-    trainer = keras.Model(network.inputs, network.outputs[0], name="trainer")
+    trainer = keras.Model(network.input, network.outputs[0], name="trainer")
     schedule = keras.optimizers.schedules.InverseTimeDecay(
         options.stage_lr(stage), decay_steps=1, decay_rate=ITERATION_DECAY
     )
@@ -512,6 +537,7 @@ def _choose_loop(
     if keras.backend.backend() == "jax" and run.jit:
         from jax_training import JaxTrainer, fits_device
 
+        gc.collect()  # an earlier stage's segments, which a cycle holds on the device
         device_cache = options.device_cache == "on" or (
             options.device_cache == "auto"
             and job.num_processes == 1  # of several, each reads its share alone
@@ -613,8 +639,9 @@ def _test(run: Run, stage: int) -> Scores | None:
     scores = _score_clips(*_predict_split(run, predictor, "test", "testing"))
     noted = {
         "checkpoint": best.name,
-        "roc_auc": scores.macro_roc_auc,
-        "pr_auc": scores.macro_pr_auc,
+        # JSON has no number for what cannot be scored.
+        "roc_auc": None if math.isnan(scores.macro_roc_auc) else scores.macro_roc_auc,
+        "pr_auc": None if math.isnan(scores.macro_pr_auc) else scores.macro_pr_auc,
     }
     if run.job.is_first:
         write_atomically(stage_dir / TEST_NAME, json.dumps(noted).encode() + b"\n")
@@ -723,14 +750,24 @@ def _draw_training(train_dir: Path) -> None:
 
 
 class EventLog:
-    """TensorBoard's events of a stage: one point an epoch."""
+    """TensorBoard's events of a stage: one point an epoch, those that are missing included."""
 
-    def __init__(self, stage_dir: Path):
+    def __init__(self, stage_dir: Path, history: list[dict]):
         # TensorBoard imports TensorFlow where it finds it, which talks, on any backend.
         with cli.chatter_held():
+            from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+            written = {
+                event.step
+                for path in stage_dir.glob("events.out.tfevents.*")
+                for event in EventFileLoader(str(path)).Load()
+                if event.HasField("summary")
+            }
             self._writer = EventFileWriter(str(stage_dir))
+        for row in history:  # an end may have come before the last one was written
+            if row["epoch"] not in written:
+                self.write(row)
 
     def write(self, row: dict) -> None:
         """Write an epoch's row of ``training.csv``."""
@@ -980,7 +1017,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> None:
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
-    cli.import_quietly("keras")
+    cli.import_keras()
     from model import NetworkConfig
 
     config = NetworkConfig(

@@ -352,6 +352,89 @@ def test_death_of_a_worker_while_another_is_started_ends_the_build(data_dir):
     assert "error: a worker process died (" in done.stderr.splitlines()[-1]
 
 
+def test_too_few_processes_are_one_line_that_names_the_option(data_dir):
+    """RLIMIT_NPROC does not bind root, so that the second worker's start does what it would."""
+    program = """if True:
+        import errno, multiprocessing.context, os, sys
+        start = multiprocessing.context.SpawnProcess.start
+        started = []
+
+        def start_one(process):
+            if started:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            start(process)
+            started.append(process)
+
+        multiprocessing.context.SpawnProcess.start = start_one
+        import build_mtt
+        sys.exit(build_mtt.main(sys.argv[1:]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command(data_dir, "--num-workers", "2")[2:]],
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "no more processes or threads can be started (" in done.stderr
+    assert "Resource temporarily unavailable" in done.stderr
+    assert "with fewer --num-workers" in done.stderr
+
+
+@pytest.mark.parametrize("lock", ["threading.Lock()", "None"])
+def test_error_that_cannot_be_sent_is_told_by_its_own_words(data_dir, tmp_path, lock):
+    """One that cannot be pickled, for its lock, and one that cannot be made again of its pickle."""
+    script = tmp_path / "raising.py"  # each worker runs it too, up to its last lines
+    script.write_text(f"""if True:
+        import sys, threading
+        import build_mtt
+
+        class OddError(Exception):
+            def __init__(self, one, other):
+                super().__init__(f"{{one}} {{other}}")
+                self.lock = {lock}
+
+        def make_shard(task, on_clip):
+            raise OddError("utterly", "odd")
+
+        build_mtt.make_shard = make_shard
+        if __name__ == "__main__":
+            sys.exit(build_mtt.main(sys.argv[1:]))
+    """)
+    done = subprocess.run(
+        [sys.executable, str(script), *command(data_dir, "--num-workers", "1")[2:]],
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: OddError: utterly odd\n" in done.stderr
+    assert "in make_shard" in done.stderr  # where it was raised
+    assert "worker process died" not in done.stderr
+
+
+def test_many_workers_under_a_low_limit_of_open_files(finished, data_dir):
+    def limit():
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
+
+    done = subprocess.run(
+        command(data_dir, "--num-workers", "4"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=limit,
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(data_dir) == contents(finished[0])
+
+
 @needs_proc
 @pytest.mark.parametrize("num_shards", [0, 1])
 def test_workers_end_with_a_killed_parent(data_dir, num_shards):
@@ -489,6 +572,21 @@ def test_every_kind_of_broken_file_is_skipped_with_its_reason_or_handled(source,
     assert f"{len(skipped)} clips skipped" in done.stderr
 
 
+def test_name_too_long_for_the_file_system_is_skipped_with_its_reason(capsys, data_dir):
+    name = f"0/{'n' * 300}.mp3"
+    path = data_dir / "annotations_final.csv"
+    header, *rows = path.read_text().splitlines()
+    long = "\t".join(["1", *["1"] * len(TAGS), name])
+    path.write_text("\n".join([header, long, *rows]) + "\n")
+    assert build_mtt.main(command(data_dir)[2:]) == 0
+    assert f"skipped clip 1: {name}: " in capsys.readouterr().err
+    manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
+    (row,) = (row for row in manifest["skipped"] if row["clip_id"] == "1")
+    assert "File name too long" in row["reason"]
+    assert len(manifest["skipped"]) == 4
+    assert sum(split["clips"] for split in manifest["splits"].values()) == 21
+
+
 @pytest.mark.parametrize(("percent", "status"), [("12", 1), ("12.5", 0), ("0", 1), ("100", 0)])
 def test_too_many_skipped_clips_end_in_status_1_with_all_shards(
     capsys, finished, data_dir, percent, status
@@ -586,6 +684,26 @@ def test_links_that_stay_inside_and_a_linked_folder_of_audio_are_read(finished, 
     clip.symlink_to("../moved.mp3")
     assert build_mtt.main(command(data_dir)[2:]) == 0
     assert contents(data_dir) == contents(finished[0])
+
+
+# --- Names that are no UTF-8 ----------------------------------------------------------------------
+
+
+def test_folder_of_audio_whose_name_is_no_utf_8(data_dir, tmp_path):
+    music = tmp_path / os.fsdecode(b"Musik_\xe4")
+    try:
+        (data_dir / "mp3").rename(music)
+    except OSError as error:
+        pytest.skip(f"no such name here: {error}")
+    arguments = [*command(data_dir)[2:], "--audio-dir", str(music)]
+    assert build_mtt.main(arguments) == 0
+    manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_bytes())
+    assert manifest["options"]["audio_dir"] == os.path.relpath(music, data_dir)
+    shards = sorted((data_dir / "tfrecord").glob("*.tfrecord"))
+    assert {path.name for path in shards} == SHARDS
+    before = [path.stat().st_mtime_ns for path in shards]
+    assert build_mtt.main(arguments) == 0
+    assert [path.stat().st_mtime_ns for path in shards] == before
 
 
 # --- A full disk ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import build_mtt
 import input_data
 from annotations import MTT_TOP_TAGS
 from errors import AnnotationsError, ShardError
+from files import written_whole
 from input_data import (
     Clip,
     SegmentReader,
@@ -28,7 +29,6 @@ from input_data import (
     shuffled_order,
     write_manifest,
     write_records,
-    written_whole,
 )
 
 import numpy as np

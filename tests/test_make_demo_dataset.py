@@ -1,8 +1,14 @@
 """The synthetic dataset: MagnaTagATune's shape, rules on tags, and the same bytes every time."""
 
 import collections
+import contextlib
 import csv
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import make_demo_dataset
 from annotations import MTT_TOP_TAGS, read_mtt
@@ -11,6 +17,7 @@ from make_demo_dataset import MTT_TAGS, RECIPES, plan_clips
 import av
 import numpy as np
 import pytest
+from test_build_mtt import is_running, needs_proc, wait_until, workers_of
 
 NUM_CLIPS = 16
 # Of the tag columns of MagnaTagATune's annotations_final.csv, joined by tabs.
@@ -25,6 +32,24 @@ def dataset(tmp_path_factory):
     arguments = ["--out", str(out), "--clips", str(NUM_CLIPS), "--num-workers", "1"]
     assert make_demo_dataset.main(arguments) == 0
     return out
+
+
+@pytest.fixture
+def working(tmp_path):
+    """A running command of its own session whose two workers have begun to write clips."""
+    arguments = ["--out", str(tmp_path), "--num-workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, make_demo_dataset.__file__, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_until(lambda: len(workers_of(process)) == 2 and [*tmp_path.rglob("*.mp3")], process)
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=10)
 
 
 def contents(root):
@@ -183,3 +208,28 @@ def test_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert make_demo_dataset.main(["--out", str(tmp_path / "file"), "--clips", "16"]) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+# --- Workers --------------------------------------------------------------------------------------
+
+
+@needs_proc
+def test_workers_end_with_a_terminated_parent(working):
+    workers = workers_of(working)
+    working.terminate()
+    working.wait(timeout=10)
+    assert working.returncode in (143, -signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while alive := [worker for worker in workers if is_running(worker)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
+
+
+@needs_proc
+def test_death_of_a_worker_is_one_line(working, tmp_path):
+    os.kill(workers_of(working)[0], signal.SIGKILL)
+    out, err = working.communicate(timeout=30)
+    assert (working.returncode, out) == (1, "")
+    assert err.count("\n") == 1, err
+    assert "error: a worker process died: " in err
+    assert not (tmp_path / "annotations_final.csv").exists()

@@ -278,6 +278,25 @@ def test_the_split_does_not_depend_on_tags_or_their_number(tmp_path):
     )
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_each_split_gets_clips_where_few_groups_carry_a_tag(tmp_path, seed):
+    rows = [
+        f"artist {number % 10},{'x' if number % 10 < 4 else ''},{number}.mp3"
+        for number in range(40)
+    ]
+    path = write(tmp_path / "t.csv", "artist,tags,path", *rows)
+    clips, _, found = read_tables([path], form=TableForm(split_by="artist", split_seed=seed))
+    assert len(clips) == 16
+    assert set(clips["split"]) == set(SPLITS)
+    assert not any("splits without a clip" in sentence for sentence in found)
+
+
+def test_splits_without_a_clip_are_said(tmp_path):
+    path = write(tmp_path / "t.csv", "path,split,x,y", "a,train,1,1", "b,train,0,1", "c,val,0,0")
+    _, _, found = read_tables([path])
+    assert "splits without a clip: val, test" in found
+
+
 # --- What is refused ------------------------------------------------------------------------------
 
 
@@ -287,6 +306,7 @@ def test_the_split_does_not_depend_on_tags_or_their_number(tmp_path):
         ("", "the table has no rows"),
         (HEADER, "the table has no rows"),
         ("\n\n", "the table has no rows"),
+        ("\n" + HEADER + ROWS, "row 1 is empty"),
         (HEADER + 'a.mp3,train,"1,0\n', "not a CSV or TSV table"),
         (HEADER + ROWS + "../a.mp3,train,1,0\n", "row 5, column 'path': '../a.mp3' is not a path"),
         (HEADER + ROWS + "/a.mp3,train,1,0\n", "row 5, column 'path': '/a.mp3' is not a path"),
@@ -331,7 +351,12 @@ def test_table_that_is_not_clear_is_refused_with_its_place(tmp_path, content, fo
         ({"split_column": "none"}, "--split-column none: "),
         ({"split_by": "none"}, "--split-by none: "),
         ({"split_by": "folder"}, "row 2, column 'path': is in no folder"),
-        ({"split_by": "rock"}, "column 'rock': 2 different with a tag, too few for train, val, test"),
+        (
+            {"split_by": "rock"},
+            "column 'rock': 2 different with a tag, too few for train, val, test",
+        ),
+        ({"split_seed": 1}, "--split-seed: is of --split-by"),
+        ({"split_by": "rock", "split_seed": 5_000_000_000}, "--split-seed: must be less than 2^32"),
         ({"tags_delimiter": "|"}, "--tags-delimiter: say by --tags-column"),
         ({"tags_delimiter": ""}, "--tags-delimiter: must not be empty"),
         ({"split_by": "rock", "split_column": "split"}, "--split-column and --split-by"),

@@ -207,7 +207,7 @@ def test_stage_state(losses, patience, max_epochs, improved, finished_at):
 
 
 def test_files_and_history(trained):
-    assert names_in(trained) == ["0", "1", "training.png"]
+    assert names_in(trained) == [".lock", "0", "1", "training.png"]
     for stage in (0, 1):
         rows = history_of(trained / str(stage))
         assert [row["epoch"] for row in rows] == [0, 1]
