@@ -141,7 +141,9 @@ def read_tables(
     clips = pd.DataFrame(labels, columns=list(tags))
     clips[CLIP_ID] = table.values(id_column or path_column)
     clips[MP3_PATH] = table.values(path_column)
-    clips["split"], split_found = _find_splits(table, path_column, form, is_tagged)
+    # Of all that carry a tag: with another number of tags the split must stay the same.
+    carry = [bool(row_tags) for row_tags in lists]
+    clips["split"], split_found = _find_splits(table, path_column, form, carry)
     clips = clips[is_tagged].reset_index(drop=True)
     found = [f"paths are in column {path_column!r}, {tags_found.said}, {split_found}"]
     if tags_found.unused:
@@ -379,14 +381,14 @@ def _split_columns(table: _Table, form: TableForm) -> list[str]:
 
 
 def _find_splits(
-    table: _Table, path_column: str, form: TableForm, is_kept: np.ndarray
+    table: _Table, path_column: str, form: TableForm, is_counted: Sequence[bool]
 ) -> tuple[list[str], str]:
-    """Find each row's split; where it is drawn, the rows that are kept alone count."""
+    """Find each row's split; where it is drawn, some rows alone count."""
     if form.split_column:
         column = _named(table, form.split_column, "--split-column")
         return _read_splits(table, column)
     if form.split_by:
-        return _split_by_groups(table, path_column, form, is_kept)
+        return _split_by_groups(table, path_column, form, is_counted)
     tables = {row.path for row in table.rows}
     of_names = {path: _split_in_name(path) for path in tables}
     if len(tables) > 1 and all(of_names.values()):
@@ -418,7 +420,7 @@ def _split_in_name(path: Path) -> str | None:
 
 
 def _split_by_groups(
-    table: _Table, path_column: str, form: TableForm, is_kept: np.ndarray
+    table: _Table, path_column: str, form: TableForm, is_counted: Sequence[bool]
 ) -> tuple[list[str], str]:
     if form.split_by == FOLDER and FOLDER not in table.header:
         column, what = path_column, "first folder of the path"
@@ -431,7 +433,7 @@ def _split_by_groups(
     for row, group in zip(table.rows, groups, strict=True):
         if not group:
             raise _refuse(row, column, "is in no folder" if what[0] == "f" else "found nothing")
-    sizes = Counter(group for group, is_one in zip(groups, is_kept, strict=True) if is_one)
+    sizes = Counter(group for group, is_one in zip(groups, is_counted, strict=True) if is_one)
     if len(sizes) < len(SPLITS):
         raise AnnotationsError(
             f"{table.rows[0].path}: {what}: {len(sizes)} different with a tag, too few for "

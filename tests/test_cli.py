@@ -1,7 +1,7 @@
 """What scripts share: help, types of arguments, one line an error, progress wherever it is read."""
 
 import argparse
-import importlib
+import importlib.util
 import os
 import pty
 import re
@@ -396,3 +396,13 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys):
     with cli.progress(range(100)) as bar:
         assert list(bar) == list(range(100))
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_backend_that_cannot_be_had_is_one_line(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "nonsense")
+    with pytest.raises(UsageError, match=r"^KERAS_BACKEND=nonsense: .*tensorflow, jax, torch$"):
+        cli.import_keras()
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"^jax, .*-r requirements/backends.txt, or name another"):
+        cli.import_keras()

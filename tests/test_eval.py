@@ -10,7 +10,8 @@ from pathlib import Path
 
 import eval as eval_script
 from checkpoints import Checkpoint, save
-from input_data import open_dataset, read_clips
+from evaluation import score
+from input_data import Clip, open_dataset, read_clips
 from model import NetworkConfig, build_network
 
 import keras
@@ -289,3 +290,17 @@ def test_usage(arguments, capsys):
         eval_script.main(arguments)
     assert caught.value.code == 2
     assert "usage: " in capsys.readouterr().err
+
+
+def test_tags_may_be_named_as_columns_are(tmp_path):
+    labels = np.array([[0, 1], [1, 0], [0, 1], [1, 1]], np.uint8)
+    clips = [
+        Clip(np.zeros((1, 4), np.float32), row, str(number), f"{number}.mp3")
+        for number, row in enumerate(labels)
+    ]
+    predictions = np.linspace(0, 1, labels.size, dtype=np.float32).reshape(labels.shape)
+    scores = score(labels, predictions)
+    eval_script.write_report(tmp_path, ("clip_id", "mp3_path"), clips, predictions, scores)
+    lines = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "clip_id,mp3_path,clip_id,mp3_path"
+    assert lines[1].startswith("0,0.mp3,0.00000000,")

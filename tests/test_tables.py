@@ -264,10 +264,11 @@ def test_another_seed_is_another_split():
             assert found == pytest.approx(share, abs=0.01)
 
 
-def test_the_split_does_not_depend_on_tags_or_their_number(tmp_path):
+@pytest.mark.parametrize("seed", range(4))
+def test_the_split_does_not_depend_on_the_number_of_tags(tmp_path, seed):
     rows = [f"{number},artist {number % 9},x{number % 4},{number}.mp3" for number in range(40)]
     path = write(tmp_path / "t.csv", "n,artist,tags,path", *rows)
-    form = TableForm(split_by="artist")
+    form = TableForm(split_by="artist", split_seed=seed)
     all_clips, _, _ = read_tables([path], form=form)
     few, _, _ = read_tables([path], num_tags=1, form=form)
     expected = all_clips.set_index("mp3_path")["split"]

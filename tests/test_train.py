@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import checkpoints
+import files
 import train
 from checkpoints import Checkpoint, checkpoint_name, find_best, save
 from errors import TrainingError, UsageError
@@ -470,6 +471,69 @@ def test_published_options(capsys):
         value = getattr(train.build_parser().parse_args([]), option[2:].replace("-", "_"))
         assert value == type(value)(default), option
     assert "--no-multi" in shown
+
+
+def test_a_second_training_is_refused(tiny_dataset, trained, tmp_path, capsys):
+    log = Path(shutil.copytree(trained, tmp_path / "log"))
+    options = arguments(tiny_dataset, log, *TWO_STAGES)
+    leftover = log / "0" / ".resume.keras.node1.123.0badcafe.tmp.keras"
+    leftover.touch()
+    with files.only_run(log, "training", TrainingError):
+        assert train.main(options) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"{Path(sys.argv[0]).name}: error: {log}: another training is at work here"
+    assert leftover.exists(), "it may be the other's"
+    assert train.main(options) == 0
+    assert not leftover.exists()
+
+
+def unfinished(trained, log):
+    """Copy a training, as if an earlier command had asked for more epochs of its first stage."""
+    shutil.copytree(trained, log)
+    shutil.rmtree(log / "1")
+    path = log / "0" / "resume.keras"
+    checkpoint = checkpoints.load(path)
+    checkpoint.training["state"]["finished"] = False
+    trainer = compile_trainer(checkpoint.network, Options(lr=0.05), stage=0, jit=False)
+    checkpoints.load_optimizer(path, trainer)
+    save(path, checkpoint, trainer)
+
+
+def test_fewer_epochs_than_there_are_train_no_more(tiny_dataset, trained, tmp_path, capsys):
+    unfinished(trained, tmp_path / "log")
+    options = ("--num-lr-decays", 1, "--max-epochs", 1, "--lr", 0.05, "--seed", 3)
+    assert train.main(arguments(tiny_dataset, tmp_path / "log", *options)) == 0
+    assert "stage 0: finished earlier" in capsys.readouterr().err
+    assert history_of(tmp_path / "log" / "0") == history_of(trained / "0")
+
+
+def test_going_on_without_the_momentum_there_was_is_refused(
+    tiny_dataset, trained, tmp_path, capsys
+):
+    unfinished(trained, tmp_path / "log")
+    options = ("--num-lr-decays", 1, "--max-epochs", 3, "--lr", 0.05, "--momentum", 0)
+    assert train.main(arguments(tiny_dataset, tmp_path / "log", *options)) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'log' / '0'}: was trained with --momentum 0.9, now 0: use the same" in last
+
+
+def test_events_that_an_end_has_kept_are_written_later(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    rows = [{"epoch": epoch, "loss": 0.5 - 0.1 * epoch} for epoch in range(3)]
+    for history, row in ((rows[:0], rows[0]), (rows[:1], rows[1]), (rows[:3], None)):
+        time.sleep(1)  # a file's name has the second
+        events = train.EventLog(tmp_path, history)
+        if row:
+            events.write(row)
+        events.close()
+    steps = [
+        event.step
+        for path in sorted(tmp_path.glob("events.out.tfevents.*"))
+        for event in EventFileLoader(str(path)).Load()
+        if event.HasField("summary")
+    ]
+    assert steps == [0, 1, 2]
 
 
 # --- Interruptions -------------------------------------------------------------------------------
