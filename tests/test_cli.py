@@ -406,3 +406,35 @@ def test_a_backend_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"^jax, .*-r requirements/backends.txt, or name another"):
         cli.import_keras()
+
+
+def test_a_script_says_a_wrong_backend_in_one_line(golden):
+    model = golden / "checkpoints" / "basic-multi.hdf5"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), str(model), "--data-dir", str(golden)],
+        env=os.environ | {"KERAS_BACKEND": "nonsense"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "eval.py: error: KERAS_BACKEND=nonsense: expected one of tensorflow, jax, torch\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "requirements"),
+    [
+        (None, "requirements.txt"),
+        ("tensorflow", "requirements.txt"),
+        ("torch", "requirements/backends.txt"),
+    ],
+)
+def test_a_missing_backend_is_named_with_its_requirements(monkeypatch, backend, requirements):
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    if backend:
+        monkeypatch.setenv("KERAS_BACKEND", backend)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError) as caught:
+        cli.import_keras()
+    assert str(caught.value).startswith(f"{backend or 'tensorflow'}, Keras's backend here, is not ")
+    assert f"pip install -r {requirements}, " in str(caught.value)
+    assert (ROOT / requirements).is_file()

@@ -1,7 +1,9 @@
 """extract_excitations.py: the table it writes, and what it refuses."""
 
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +87,22 @@ def test_parquet_by_its_ending_holds_the_same(tiny_dataset, tmp_path, capsys):
     assert sorted(name.name for name in tmp_path.iterdir()) == [
         "excitations.parquet", "excitations.pkl", "se.keras",
     ]  # fmt: skip
+
+
+def test_a_tag_may_be_named_depth(tiny_dataset, tmp_path, capsys):
+    data_dir = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
+    path = data_dir / "tfrecord" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tags"][3] = "depth"
+    path.write_text(json.dumps(manifest))
+    dataset = open_dataset(data_dir)
+    model, output = make_model(tmp_path / "se.keras", dataset), tmp_path / "x.pkl"
+    arguments = [str(model), "--data-dir", str(data_dir), "--out", str(output)]
+    assert extract_excitations.main(arguments) == 0
+    assert f"{output}: 54 rows, 6 clips at 9 depths" in capsys.readouterr().err
+    table = pd.read_pickle(output)
+    assert list(table.columns) == ["ex", "depth", *dataset.tags, "clip_id", "mp3_path"]
+    assert table.iloc[:, 1].tolist() == [*range(9)] * 6
 
 
 def test_pickle_needs_no_pyarrow(tmp_path):

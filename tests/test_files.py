@@ -3,11 +3,24 @@
 import errno
 import fcntl
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import files
 from errors import TrainingError
 
 import pytest
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from errors import TrainingError
+from files import only_run
+with only_run(Path(sys.argv[1]), "training", TrainingError):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_an_earlier_file_stays_until_the_next_is_whole(tmp_path):
@@ -45,6 +58,16 @@ def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_an_error_of_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, files.written_whole(tmp_path / "a.csv"):
+        (tmp_path / "b.csv").read_bytes()
+    assert caught.value.filename == str(tmp_path / "b.csv")
+    with pytest.raises(OSError) as caught, files.written_whole(tmp_path / "a.csv"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write says it
+    assert caught.value.filename == str(tmp_path / "a.csv")
+    assert not list(tmp_path.iterdir())
+
+
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
     left = [".a.csv.node1.12.0badcafe.tmp", ".a.keras.node1.12.0badcafe.tmp.keras"]
     kept = [".lock", "a.csv", "a.tmp"]
@@ -61,6 +84,25 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
         files.only_run(tmp_path, "training", TrainingError),
     ):
         pass
+    with files.only_run(tmp_path, "training", TrainingError):
+        pass
+
+
+def test_another_process_holds_a_folder_until_it_is_killed(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(files.__file__).parent)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as holder:  # fmt: skip
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            with (
+                pytest.raises(TrainingError, match="another training is at work here"),
+                files.only_run(tmp_path, "training", TrainingError),
+            ):
+                pass
+        finally:
+            holder.kill()
     with files.only_run(tmp_path, "training", TrainingError):
         pass
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import json
 import os
 import re
 import shutil
@@ -301,6 +302,26 @@ def test_published_shards(golden, tmp_path):
     best = find_best(tmp_path / "log" / "0")
     tags, clips, _, _ = eval_script.evaluate(best, tmp_path / "data")
     assert (len(tags), len(clips)) == (50, 1)
+    # One clip has no two classes, and JSON no number for that.
+    tested = json.loads((tmp_path / "log" / "0" / "test.json").read_text())
+    assert tested == {"checkpoint": best.name, "roc_auc": None, "pr_auc": None}
+
+
+def test_without_test_shards_no_stage_is_scored(tiny_dataset, trained, tmp_path, capsys):
+    data_dir = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
+    for path in (data_dir / "tfrecord").glob("test-*"):
+        path.unlink()
+    path = data_dir / "tfrecord" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["test"] = {"clips": 0, "segments": 0, "shards": []}
+    path.write_text(json.dumps(manifest))
+    log = Path(shutil.copytree(trained, tmp_path / "log"))
+    (log / "0" / "test.json").unlink()
+    config = NetworkConfig(block="basic", init_features=2)
+    options = Options(batch_size=4, num_lr_decays=1, max_epochs=2, jit="off")
+    assert train.train(data_dir, log, config, options) == {}
+    assert "stage 0: no test shards to test the best checkpoint on\n" in capsys.readouterr().err
+    assert not (log / "0" / "test.json").exists()
 
 
 # --- Where a stage starts ------------------------------------------------------------------------
@@ -502,6 +523,18 @@ def unfinished(trained, log):
 def test_fewer_epochs_than_there_are_train_no_more(tiny_dataset, trained, tmp_path, capsys):
     unfinished(trained, tmp_path / "log")
     options = ("--num-lr-decays", 1, "--max-epochs", 1, "--lr", 0.05, "--seed", 3)
+    assert train.main(arguments(tiny_dataset, tmp_path / "log", *options)) == 0
+    assert "stage 0: finished earlier" in capsys.readouterr().err
+    assert history_of(tmp_path / "log" / "0") == history_of(trained / "0")
+
+
+def test_lower_patience_than_there_was_trains_no_more(tiny_dataset, trained, tmp_path, capsys):
+    unfinished(trained, tmp_path / "log")
+    path = tmp_path / "log" / "0" / "resume.keras"
+    checkpoint = checkpoints.load(path)
+    checkpoint.training["state"]["epochs_without_improvement"] = 1
+    save(path, checkpoint)
+    options = ("--num-lr-decays", 1, "--max-epochs", 3, "--patience", 1, "--lr", 0.05)
     assert train.main(arguments(tiny_dataset, tmp_path / "log", *options)) == 0
     assert "stage 0: finished earlier" in capsys.readouterr().err
     assert history_of(tmp_path / "log" / "0") == history_of(trained / "0")
