@@ -146,7 +146,8 @@ _ON_BACKEND = """
 
 
 @pytest.mark.parametrize(
-    "backend", ["tensorflow", "torch", pytest.param("jax", marks=pytest.mark.slow)]
+    "backend",
+    ["tensorflow", *(pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "jax"))],
 )
 def test_published_files_compute_what_they_did(golden, backend):
     pytest.importorskip(backend)

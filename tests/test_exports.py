@@ -93,7 +93,9 @@ def test_onnxruntime_computes_what_the_published_program_did(
 
 @pytest.mark.parametrize(("block", "suffix"), [
     *((block, ".onnx") for block in BLOCKS),
-    ("se", ".savedmodel"), ("rese", ".savedmodel"), ("se", ".tflite"), ("rese", ".tflite"),
+    ("se", ".savedmodel"), ("se", ".tflite"),
+    pytest.param("rese", ".savedmodel", marks=pytest.mark.slow),
+    pytest.param("rese", ".tflite", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_exports_equal_the_network_at_any_batch_size(tmp_path, block, suffix):
     if suffix == ".tflite":

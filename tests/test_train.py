@@ -91,6 +91,7 @@ def test_picture_of_all_stages(trained, tmp_path):
     assert (train_dir / "training.png").read_bytes() not in (drawn, of_one_stage)
 
 
+@pytest.mark.slow
 def test_picture_that_cannot_be_drawn_does_not_end_training(tiny_dataset, tmp_path, capsys):
     train_dir = tmp_path / "log"
     (train_dir / "training.png").mkdir(parents=True)  # a folder stands in its way
@@ -281,6 +282,7 @@ def test_finished_stages_are_skipped(tiny_dataset, trained, capsys):
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*.keras")} == before
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(tiny_dataset, trained, tmp_path):
     more = ("--num-lr-decays", 1, "--max-epochs", 1, "--lr", 0.05, "--seed", 2**40)
     assert train.main(arguments(tiny_dataset, tmp_path / "log", *more)) == 0
