@@ -4,6 +4,7 @@ durations and sizes are said, errors, exit status.
 
 import argparse
 import importlib.util
+import json
 import logging
 import multiprocessing
 import os
@@ -201,7 +202,7 @@ def import_quietly(*modules: str) -> None:
 
 def import_keras() -> None:
     """Import Keras and its backend quietly; `UsageError` where the backend cannot be had."""
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    backend = os.environ.get("KERAS_BACKEND") or _configured_backend()
     if backend not in _BACKENDS:
         raise UsageError(f"KERAS_BACKEND={backend}: expected one of {', '.join(_BACKENDS)}")
     # Keras asks for its backend by importing it.
@@ -211,6 +212,15 @@ def import_keras() -> None:
             f"{_BACKENDS[backend]}, or name another by KERAS_BACKEND ({', '.join(_BACKENDS)})"
         )
     import_quietly("keras")
+
+
+def _configured_backend() -> str:
+    """Read Keras's own file of settings as Keras does, where no environment variable says more."""
+    folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
+    try:
+        return json.loads((folder / "keras.json").read_text())["backend"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "tensorflow"
 
 
 @contextmanager

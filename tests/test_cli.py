@@ -428,7 +428,10 @@ def test_a_script_says_a_wrong_backend_in_one_line(golden):
         ("torch", "requirements/backends.txt"),
     ],
 )
-def test_a_missing_backend_is_named_with_its_requirements(monkeypatch, backend, requirements):
+def test_a_missing_backend_is_named_with_its_requirements(
+    tmp_path, monkeypatch, backend, requirements
+):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # where no settings are
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
     if backend:
         monkeypatch.setenv("KERAS_BACKEND", backend)
@@ -438,3 +441,12 @@ def test_a_missing_backend_is_named_with_its_requirements(monkeypatch, backend, 
     assert str(caught.value).startswith(f"{backend or 'tensorflow'}, Keras's backend here, is not ")
     assert f"pip install -r {requirements}, " in str(caught.value)
     assert (ROOT / requirements).is_file()
+
+
+def test_the_backend_of_keras_own_settings_is_heeded(tmp_path, monkeypatch):
+    (tmp_path / "keras.json").write_text('{"backend": "jax"}')
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"^jax, Keras's backend here, is not installed"):
+        cli.import_keras()
