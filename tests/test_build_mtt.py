@@ -321,6 +321,14 @@ def test_death_of_a_worker_is_said_and_ends_the_build(data_dir):
     assert "run the same command again" in last
 
 
+def run_program(program, data_dir):
+    """Build with two workers by a program that changes something first."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *command(data_dir, "--num-workers", "2")[2:]],
+        cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
 def test_death_of_a_worker_while_another_is_started_ends_the_build(data_dir):
     """The moment at which pools of processes are known to wait for ever."""
     program = """if True:
@@ -339,14 +347,7 @@ def test_death_of_a_worker_while_another_is_started_ends_the_build(data_dir):
         import build_mtt
         sys.exit(build_mtt.main(sys.argv[1:]))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command(data_dir, "--num-workers", "2")[2:]],
-        cwd=SCRIPT.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_program(program, data_dir)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "error: a worker process died (" in done.stderr.splitlines()[-1]
@@ -369,14 +370,7 @@ def test_too_few_processes_are_one_line_that_names_the_option(data_dir):
         import build_mtt
         sys.exit(build_mtt.main(sys.argv[1:]))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command(data_dir, "--num-workers", "2")[2:]],
-        cwd=SCRIPT.parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_program(program, data_dir)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert "no more processes or threads can be started (" in done.stderr
