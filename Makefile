@@ -9,7 +9,7 @@ DEMO = demo
 .PHONY: demo notebook test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python make_demo_dataset.py --out $(DEMO)/dataset
+	$(BIN)/python -m tools.make_demo_dataset --out $(DEMO)/dataset
 	$(BIN)/python build_mtt.py --data-dir $(DEMO)/dataset
 	$(BIN)/python train.py --data-dir $(DEMO)/dataset --train-dir $(DEMO)/log \
 	  --init-features 16 --lr 0.05 --num-lr-decays 2 --max-epochs 10 --patience 6
@@ -49,7 +49,7 @@ lint: $(VENV)/installed
 
 # One environment for all: what the toolkit imports, then tests, lint and Jupyter.
 $(VENV)/installed: requirements.txt requirements/dev.txt
-	@$(PYTHON) -B minimum_python.py
+	@$(PYTHON) -B toolkit/minimum_python.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements/dev.txt
 	touch $@

@@ -37,21 +37,6 @@ from multiprocessing import resource_tracker
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-import cli
-from annotations import (
-    ANNOTATIONS_NAME,
-    CLIP_ID,
-    MP3_PATH,
-    NUM_TAGS,
-    SPLITS,
-    assign_shards,
-    is_inside,
-    missing_dataset_message,
-    read_mtt,
-)
-from audio import CLIP_SECONDS, DECODERS, cut_pieces, decode_pieces, import_madmom
-from errors import AnnotationsError, AudioError, BuildError, Interrupted, UsageError
-from files import only_run, remove_leftovers, write_atomically, written_whole
 from input_data import (
     ENCODINGS,
     MANIFEST_NAME,
@@ -64,7 +49,20 @@ from input_data import (
     shard_name,
     write_manifest,
 )
-from tables import (
+from toolkit import cli
+from toolkit.data.annotations import (
+    ANNOTATIONS_NAME,
+    CLIP_ID,
+    MP3_PATH,
+    NUM_TAGS,
+    SPLITS,
+    assign_shards,
+    is_inside,
+    missing_dataset_message,
+    read_mtt,
+)
+from toolkit.data.audio import CLIP_SECONDS, DECODERS, cut_pieces, decode_pieces, import_madmom
+from toolkit.data.tables import (
     FOLDER,
     PATH_COLUMNS,
     SPLIT_COLUMN,
@@ -73,6 +71,8 @@ from tables import (
     TableForm,
     read_tables,
 )
+from toolkit.errors import AnnotationsError, AudioError, BuildError, Interrupted, UsageError
+from toolkit.files import only_run, remove_leftovers, write_atomically, written_whole
 
 import numpy as np
 
@@ -260,7 +260,7 @@ def build(
 
 def _import_cluster():
     try:
-        import cluster
+        from toolkit.data import cluster
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--scheduler: {error.name.partition('.')[0]} is not installed: python -m pip install "

@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import cli
-import figures
-from errors import CheckpointError, UsageError
-from evaluation import (
+from input_data import Clip, open_dataset, read_clips
+from toolkit import cli, figures
+from toolkit.errors import CheckpointError, UsageError
+from toolkit.evaluation import (
     CONFIDENCE,
     DEFAULT_BATCH_SIZE,
     NUM_RESAMPLES,
@@ -33,7 +33,6 @@ from evaluation import (
     predict_clips,
     score,
 )
-from input_data import Clip, open_dataset, read_clips
 
 import numpy as np
 
@@ -63,8 +62,8 @@ def evaluate(
     scores : Scores
         Tag by tag.
     """
-    import checkpoints
     from model import compiles_faster
+    from toolkit.models import checkpoints
 
     dataset = open_dataset(data_dir)
     test = dataset.splits["test"]

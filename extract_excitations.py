@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cli
-from errors import UsageError
-from evaluation import DEFAULT_BATCH_SIZE, check_fits, clip_mean, predict_clips
-from files import replaced_whole
 from input_data import open_dataset, read_clips
+from toolkit import cli
+from toolkit.errors import UsageError
+from toolkit.evaluation import DEFAULT_BATCH_SIZE, check_fits, clip_mean, predict_clips
+from toolkit.files import replaced_whole
 
 import numpy as np
 
@@ -52,8 +52,8 @@ def extract(
     UsageError
         The model has no excitations, or is not for this dataset.
     """
-    import checkpoints
     from model import build_excitations, compiles_faster
+    from toolkit.models import checkpoints
 
     import pandas as pd
 

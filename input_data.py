@@ -35,10 +35,16 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
-from annotations import ANNOTATIONS_NAME, MTT_TOP_TAGS, SPLITS, missing_dataset_message, read_mtt
-from audio import segments_a_part
-from errors import AnnotationsError, ShardError
-from files import write_atomically, written_whole
+from toolkit.data.annotations import (
+    ANNOTATIONS_NAME,
+    MTT_TOP_TAGS,
+    SPLITS,
+    missing_dataset_message,
+    read_mtt,
+)
+from toolkit.data.audio import segments_a_part
+from toolkit.errors import AnnotationsError, ShardError
+from toolkit.files import write_atomically, written_whole
 
 import google_crc32c
 import numpy as np

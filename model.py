@@ -9,7 +9,7 @@ Small parts first, the network last. A convolution's layers are named by place: 
 
 from dataclasses import asdict, dataclass
 
-from errors import UsageError
+from toolkit.errors import UsageError
 
 import keras
 from keras import layers, ops

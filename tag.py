@@ -21,19 +21,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cli
-import figures
-from audio import cut_pieces, decode_pieces
-from errors import AudioError, CheckpointError, UsageError
-from evaluation import DEFAULT_BATCH_SIZE, clip_mean, predict_clips
-from files import write_atomically
 from input_data import Clip
+from toolkit import cli, figures
+from toolkit.data.audio import cut_pieces, decode_pieces
+from toolkit.errors import AudioError, CheckpointError, UsageError
+from toolkit.evaluation import DEFAULT_BATCH_SIZE, clip_mean, predict_clips
+from toolkit.files import write_atomically
 
 import numpy as np
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from checkpoints import Checkpoint
+    from toolkit.models.checkpoints import Checkpoint
 
 _FILES_AHEAD = 2
 
@@ -303,7 +302,7 @@ def _tag(arguments: argparse.Namespace) -> None:
     _check_taggrams(arguments, len(files))
 
     cli.import_keras()
-    import checkpoints
+    from toolkit.models import checkpoints
 
     checkpoint = checkpoints.load(arguments.model_path)
     tags, segment = checkpoint.tags, checkpoint.config.num_samples

@@ -30,15 +30,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import checkpoints
-import cli
-import distribution
-import figures
-from distribution import Job
-from errors import Interrupted, ToolkitError, TrainingError, UsageError
-from evaluation import Scores, binary_crossentropy, check_fits, clip_mean, predict_clips, score
-from files import only_run, remove_leftovers, write_atomically
 from input_data import Dataset, SegmentReader, open_dataset, read_clips, shuffled_order
+from toolkit import cli, figures
+from toolkit.errors import Interrupted, ToolkitError, TrainingError, UsageError
+from toolkit.evaluation import (
+    Scores,
+    binary_crossentropy,
+    check_fits,
+    clip_mean,
+    predict_clips,
+    score,
+)
+from toolkit.files import only_run, remove_leftovers, write_atomically
+from toolkit.models import checkpoints
+from toolkit.training import distribution
+from toolkit.training.distribution import Job
 
 import numpy as np
 
@@ -535,7 +541,7 @@ def _choose_loop(
     segments, options, job = run.segments, run.options, run.job
     batch_size = options.batch_size
     if keras.backend.backend() == "jax" and run.jit:
-        from jax_training import JaxTrainer, fits_device
+        from toolkit.training.jax_training import JaxTrainer, fits_device
 
         gc.collect()  # an earlier stage's segments, which a cycle holds on the device
         device_cache = options.device_cache == "on" or (
@@ -579,7 +585,7 @@ def _choose_loop(
 def _choose_predictor(run: Run, network: "keras.Model"):
     """Choose what predicts batches: the network, or in a job on JAX this host's devices."""
     if run.job.mesh:
-        from jax_training import JaxPredictor
+        from toolkit.training.jax_training import JaxPredictor
 
         return JaxPredictor(network)
     return network

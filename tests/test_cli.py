@@ -11,9 +11,8 @@ import sys
 import termios
 from pathlib import Path
 
-import cli
-import errors
-from errors import AudioError, BuildError, Interrupted, ShardError, ToolkitError, UsageError
+from toolkit import cli, errors
+from toolkit.errors import AudioError, BuildError, Interrupted, ShardError, ToolkitError, UsageError
 
 import numpy as np
 import pytest
@@ -126,7 +125,7 @@ def test_the_backends_own_errors_of_memory_are_told(module, use):
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=100,
         env=os.environ
-        | {"PYTHONPATH": os.path.dirname(cli.__file__), "CUDA_VISIBLE_DEVICES": "",
+        | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
            "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -166,7 +165,7 @@ def test_reader_that_left_is_no_complaint():
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(cli.__file__)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert process.stdout.readline() == b"data\n"
     process.stdout.close()
@@ -253,7 +252,7 @@ def test_progress_has_no_colours_on_a_terminal_and_no_escape_codes_elsewhere(var
 @pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TQDM_COLOUR": "green"}])
 def test_a_script_on_a_terminal_shows_a_bar_without_colours(tmp_path, variables):
     out = tmp_path / "dataset"
-    command = ["make_demo_dataset.py", "--clips", "16", "--out", str(out)]
+    command = ["-m", "tools.make_demo_dataset", "--clips", "16", "--out", str(out)]
     written = on_terminal(command, variables)
     assert b"\rsynthesising:" in written and b"16/16" in written
     last = written.decode().splitlines()[-1]

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import eval as eval_script
-from checkpoints import Checkpoint, save
-from evaluation import score
 from input_data import Clip, open_dataset, read_clips
 from model import NetworkConfig, build_network
+from toolkit.evaluation import score
+from toolkit.models.checkpoints import Checkpoint, save
 
 import keras
 import matplotlib.image

@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import eval as eval_script
-from checkpoints import Checkpoint, save
-from errors import UsageError
-from evaluation import (
+from input_data import Clip, Dataset, open_dataset, read_clips
+from model import NetworkConfig, build_network
+from toolkit.errors import UsageError
+from toolkit.evaluation import (
     binary_crossentropy,
     bootstrap,
     check_fits,
@@ -16,8 +17,7 @@ from evaluation import (
     score,
     weighted_scores,
 )
-from input_data import Clip, Dataset, open_dataset, read_clips
-from model import NetworkConfig, build_network
+from toolkit.models.checkpoints import Checkpoint, save
 
 import numpy as np
 import pytest
@@ -253,7 +253,7 @@ def model_path(tiny_dataset, tmp_path_factory):
 
 def test_a_clip_is_the_mean_of_its_segments(tiny_dataset, model_path):
     """Clips of different lengths weigh as one clip each."""
-    import checkpoints
+    from toolkit.models import checkpoints
 
     dataset = open_dataset(tiny_dataset)
     clips = list(read_clips(dataset.splits["test"].shards))

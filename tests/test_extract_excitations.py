@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import extract_excitations
-from annotations import MTT_TOP_TAGS
-from errors import UsageError
 from input_data import open_dataset, read_clips
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.errors import UsageError
 
 import numpy as np
 import pandas as pd

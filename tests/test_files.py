@@ -7,16 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import files
-from errors import TrainingError
+from toolkit import files
+from toolkit.errors import TrainingError
 
 import pytest
 
 _HOLDER = """
 import sys
 from pathlib import Path
-from errors import TrainingError
-from files import only_run
+from toolkit.errors import TrainingError
+from toolkit.files import only_run
 with only_run(Path(sys.argv[1]), "training", TrainingError):
     print("held", flush=True)
     sys.stdin.read()
@@ -91,7 +91,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
 def test_another_process_holds_a_folder_until_it_is_killed(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", _HOLDER, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(files.__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     ) as holder:  # fmt: skip
         try:

@@ -9,12 +9,12 @@ import threading
 import time
 from pathlib import Path
 
-import figures
 import tag
-from audio import decode, decode_pieces
-from checkpoints import Checkpoint, load, save
-from errors import AudioError
 from model import NetworkConfig, build_network
+from toolkit import figures
+from toolkit.data.audio import decode, decode_pieces
+from toolkit.errors import AudioError
+from toolkit.models.checkpoints import Checkpoint, load, save
 
 import keras
 import matplotlib.image

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import minimum_python  # noqa: F401  # first: the rest needs a later Python
-from errors import ToolkitError, UsageError
+from toolkit import minimum_python  # noqa: F401  # first: the rest needs a later Python
+from toolkit.errors import ToolkitError, UsageError
 
 from tqdm import tqdm
 

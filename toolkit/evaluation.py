@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from errors import UsageError
 from input_data import Clip, Dataset
+from toolkit.errors import UsageError
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from checkpoints import Checkpoint
+    from toolkit.models.checkpoints import Checkpoint
 
     import keras
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from evaluation import CONFIDENCE, Resamples, Scores, clip_mean, interval
-from files import write_atomically
+from toolkit.evaluation import CONFIDENCE, Resamples, Scores, clip_mean, interval
+from toolkit.files import write_atomically
 
 import numpy as np
 

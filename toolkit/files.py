@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-import cli
-from errors import ToolkitError
+from toolkit import cli
+from toolkit.errors import ToolkitError
 
 _LOCK_NAME = ".lock"
 # What file systems of several machines say that have no locks.

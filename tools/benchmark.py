@@ -40,9 +40,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cli
-import distribution
-from errors import ToolkitError, UsageError
+from toolkit import cli
+from toolkit.errors import ToolkitError, UsageError
+from toolkit.training import distribution
 
 import numpy as np
 
@@ -209,7 +209,7 @@ def measure_machine(repeats: int, data_dir: Path | None, mixed_precision: bool) 
 
 def measure_decode(repeats: int, data_dir: Path) -> Iterator[Figure]:
     """Measure decoding on one core."""
-    from audio import cut_segments, decode
+    from toolkit.data.audio import cut_segments, decode
 
     paths = sorted((data_dir / "mp3").glob("*/*.mp3"))[:32]
     if not paths:
@@ -433,7 +433,7 @@ def _train_call(
 
     trainer = compile_trainer(network, options, 0, jit)
     if keras.backend.backend() == "jax" and jit:
-        from jax_training import JaxTrainer
+        from toolkit.training.jax_training import JaxTrainer
 
         runner = JaxTrainer(trainer)
         runner.set_cache(x, y)
@@ -523,9 +523,9 @@ def _profile_jax(call: Callable[[], object]) -> Counter:
 
 def measure_start(repeats: int, data_dir: Path, config: "NetworkConfig") -> Iterator[Figure]:
     """Measure how long ``eval.py`` takes to its imports' end, and to its first batch's."""
-    import checkpoints
     from input_data import open_dataset
     from model import build_network
+    from toolkit.models import checkpoints
 
     dataset = open_dataset(data_dir)
     config = replace(config, num_tags=len(dataset.tags), num_samples=dataset.num_samples)
@@ -759,8 +759,8 @@ def say_rate_of_a_host(
     """Train as one process of a job on some cores; the first prints its rates as JSON."""
     os.sched_setaffinity(0, cores)
     cli.import_keras()
-    from jax_training import JaxTrainer
     from model import NetworkConfig, build_network
+    from toolkit.training.jax_training import JaxTrainer
     from train import Options, compile_trainer
 
     import jax
@@ -1078,7 +1078,7 @@ def _report(
     measured: Iterator[Figure | Failure], machine: dict[str, str], json_path: str | None
 ) -> int:
     """Say each figure when it is known, write the file anew with it, and print the table."""
-    from files import write_atomically
+    from toolkit.files import write_atomically
 
     figures, failures = [], []
     for found in measured:

@@ -27,9 +27,9 @@ import os
 import sys
 from pathlib import Path
 
-import cli
-from errors import BuildError, UsageError
-from files import write_atomically
+from toolkit import cli
+from toolkit.errors import BuildError, UsageError
+from toolkit.files import write_atomically
 
 import numpy as np
 from numpy.random import Generator, SeedSequence, default_rng

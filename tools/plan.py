@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import cli
-from errors import UsageError
-from simulation import Regime, calibrate, compare_regimes
+from toolkit import cli
+from toolkit.errors import UsageError
+from tools.simulation import Regime, calibrate, compare_regimes
 
 import numpy as np
 

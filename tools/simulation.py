@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from errors import UsageError
+from toolkit.errors import UsageError
 
 import numpy as np
 

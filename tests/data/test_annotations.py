@@ -4,7 +4,7 @@ import gzip
 import os
 from pathlib import Path
 
-from annotations import (
+from toolkit.data.annotations import (
     ANNOTATIONS_NAME,
     MTT_TOP_TAGS,
     SPLITS,
@@ -12,7 +12,7 @@ from annotations import (
     read_mtt,
     top_tags,
 )
-from errors import AnnotationsError
+from toolkit.errors import AnnotationsError
 
 import numpy as np
 import pandas as pd

@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import audio
-from audio import cut_pieces, cut_segments, decode, decode_pieces, segments_a_part
-from errors import AudioError, UsageError
 from input_data import read_clips
+from toolkit.data import audio
+from toolkit.data.audio import cut_pieces, cut_segments, decode, decode_pieces, segments_a_part
+from toolkit.errors import AudioError, UsageError
 
 import av
 import numpy as np
@@ -20,7 +20,7 @@ from conftest import add_picture, encode_audio, encode_float, synthesise
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_RATE = 22050
 NUM_SAMPLES = 59049
 
@@ -245,7 +245,7 @@ _HELD = """
     sys.path.insert(0, sys.argv[1])
     from pathlib import Path
     import numpy
-    from audio import decode
+    from toolkit.data.audio import decode
 
     def held():
         lines = Path("/proc/self/status").read_text().splitlines()

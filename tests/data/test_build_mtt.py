@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import build_mtt
-from audio import cut_segments, decode
-from errors import ShardError
 from input_data import index_records, open_dataset, read_clips, read_records, write_records
+from toolkit.data.audio import cut_segments, decode
+from toolkit.errors import ShardError
 
 import numpy as np
 import pytest

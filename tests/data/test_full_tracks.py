@@ -9,11 +9,11 @@ import sys
 import textwrap
 from pathlib import Path
 
-import audio
 import build_mtt
 import tag
-from audio import cut_segments, decode
 from input_data import open_dataset, read_clips, read_manifest, shard_name
+from toolkit.data import audio
+from toolkit.data.audio import cut_segments, decode
 
 import numpy as np
 import pytest
@@ -311,8 +311,8 @@ _MEASURED = """
     from pathlib import Path
     import numpy as np
     import build_mtt, tag
-    from errors import AudioError
-    from evaluation import predict_clips
+    from toolkit.errors import AudioError
+    from toolkit.evaluation import predict_clips
     from input_data import open_dataset, read_clips
 
     what, path, split, shard = sys.argv[2], Path(sys.argv[3]), sys.argv[4], Path(sys.argv[5])

@@ -9,12 +9,8 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-import audio
 import build_mtt
 import input_data
-from annotations import MTT_TOP_TAGS
-from errors import AnnotationsError, ShardError
-from files import written_whole
 from input_data import (
     Clip,
     SegmentReader,
@@ -30,6 +26,10 @@ from input_data import (
     write_manifest,
     write_records,
 )
+from toolkit.data import audio
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.errors import AnnotationsError, ShardError
+from toolkit.files import written_whole
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ from conftest import write_annotations, write_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NUM_SAMPLES = 300
 NUM_TAGS = 7
 TRAIN_SHARD = "train-0000-of-0001.tfrecord"

@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import build_mtt
-from annotations import MTT_TOP_TAGS, SPLITS, read_mtt
-from errors import AnnotationsError, ToolkitError, UsageError
 from input_data import open_dataset, read_clips
-from tables import SPLIT_SHARES, TableForm, draw_splits, read_tables
+from toolkit.data.annotations import MTT_TOP_TAGS, SPLITS, read_mtt
+from toolkit.data.tables import SPLIT_SHARES, TableForm, draw_splits, read_tables
+from toolkit.errors import AnnotationsError, ToolkitError, UsageError
 
 import numpy as np
 import pandas as pd

@@ -24,9 +24,9 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MAX_SECONDS = 20  # a mutation, on a busy machine too
 MUTANTS_A_PROCESS = 250  # Keras keeps something of every network that was built
 MAX_BYTES = 1 << 30  # that reading may add to what the process holds once its libraries are loaded
@@ -151,9 +151,9 @@ def mutate_shard(content: bytes, draw: random.Random) -> bytes:
 
 def checkpoint_cases(folder: Path):
     """Give the originals, and how one is mutated and read."""
-    from annotations import MTT_TOP_TAGS
-    from checkpoints import Checkpoint, load, save
     from model import BLOCKS, NetworkConfig, build_network
+    from toolkit.data.annotations import MTT_TOP_TAGS
+    from toolkit.models.checkpoints import Checkpoint, load, save
 
     import keras
 
@@ -236,7 +236,7 @@ CASES = {"checkpoints": checkpoint_cases, "shards": shard_cases}
 
 def read_mutants(what: str, numbers: range, seed: int) -> None:
     """Read mutants in turn, saying before each what it is and after it how it ended."""
-    from errors import ToolkitError
+    from toolkit.errors import ToolkitError
 
     with tempfile.TemporaryDirectory() as folder:
         originals, read = CASES[what](Path(folder))

@@ -13,18 +13,18 @@ import time
 import zipfile
 from pathlib import Path
 
-import checkpoints
-from annotations import MTT_TOP_TAGS
-from checkpoints import Checkpoint, checkpoint_name, find_best, load, save
-from errors import CheckpointError
 from model import BLOCKS, NetworkConfig, build_network
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.errors import CheckpointError
+from toolkit.models import checkpoints
+from toolkit.models.checkpoints import Checkpoint, checkpoint_name, find_best, load, save
 
 import h5py
 import numpy as np
 import pytest
 from conftest import opened
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # "se-multi-stage2" is "se-multi" with the numbers in all layer names offset.
 GOLDEN_NAMES = (
     *(f"{block}-{multi}" for block in BLOCKS for multi in ("multi", "nomulti")),
@@ -118,7 +118,7 @@ _ON_BACKEND = """
     sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
     from pathlib import Path
     import keras
-    from checkpoints import load
+    from toolkit.models.checkpoints import load
     from model import build_excitations
     from test_checkpoints import GOLDEN_NAMES, published_segments
 
@@ -683,7 +683,7 @@ def test_names_and_the_best(tmp_path):
 
 def run_convert(*arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "checkpoints.py"), *map(str, arguments)],
+        [sys.executable, "-m", "toolkit.models.checkpoints", *map(str, arguments)],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
@@ -723,7 +723,7 @@ _FULL_SIZE = """
     import sys, time
     sys.path.insert(0, sys.argv[1])
     import keras
-    from checkpoints import load
+    from toolkit.models.checkpoints import load
     started = time.process_time()
     count = load(sys.argv[2]).network.count_params()
     seconds = time.process_time() - started

@@ -5,13 +5,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import checkpoints
-import exports
-from annotations import MTT_TOP_TAGS
-from checkpoints import Checkpoint, load
-from errors import ExportError, UsageError
 from input_data import read_clips
 from model import BLOCKS, NetworkConfig, build_network
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.errors import ExportError, UsageError
+from toolkit.models import checkpoints, exports
+from toolkit.models.checkpoints import Checkpoint, load
 
 import keras
 import numpy as np

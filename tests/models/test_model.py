@@ -1,8 +1,8 @@
 """The network: its parameters, layers, initial weights and parts."""
 
 import model
-from errors import UsageError
 from model import NetworkConfig, build_excitations, build_network, kernel_initializer
+from toolkit.errors import UsageError
 
 import h5py
 import numpy as np

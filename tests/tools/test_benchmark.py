@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark
 from model import NetworkConfig, build_network
+from tools import benchmark
 from train import Options
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # Python runs this at its start from a folder in PYTHONPATH; it hides one library.
@@ -27,7 +27,7 @@ PathFinder.find_spec = find_others
 
 def run(*options, backend="tensorflow", **environment):
     return subprocess.run(
-        [sys.executable, str(ROOT / "benchmark.py"), *options],
+        [sys.executable, "-m", "tools.benchmark", *options],
         env=os.environ | {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip

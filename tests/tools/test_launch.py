@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import build_mtt
-import distribution
 import train
+from toolkit.training import distribution
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "docs/launch"
 HOSTS = ["node3", "node4", "node7"]
 FAKES = {

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 
-import make_demo_dataset
-from annotations import MTT_TOP_TAGS, read_mtt
-from make_demo_dataset import MTT_TAGS, RECIPES, plan_clips
+from toolkit.data.annotations import MTT_TOP_TAGS, read_mtt
+from tools import make_demo_dataset
+from tools.make_demo_dataset import MTT_TAGS, RECIPES, plan_clips
 
 import av
 import numpy as np
@@ -39,7 +39,7 @@ def working(tmp_path):
     """A running command of its own session whose two workers have begun to write clips."""
     arguments = ["--out", str(tmp_path), "--num-workers", "2"]
     process = subprocess.Popen(
-        [sys.executable, make_demo_dataset.__file__, *arguments],
+        [sys.executable, "-m", "tools.make_demo_dataset", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,8 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from errors import UsageError
-from plan import (
+from toolkit.errors import UsageError
+from tools.plan import (
     GRADIENT_BYTES,
     Plan,
     exchange_seconds,
@@ -25,13 +25,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FREE_EXCHANGE = {"network": 1e12, "gpu_link": 1e12, "latency_us": 0.0}
 
 
 def run_plan(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "plan.py", *arguments], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "tools.plan", *arguments], capture_output=True, text=True, cwd=ROOT
     )
 
 

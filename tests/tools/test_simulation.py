@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from input_data import Clip, encode_clip, shard_name, write_manifest, write_records
-from simulation import Regime, calibrate, draw_times, simulate, steady_step
+from tools.simulation import Regime, calibrate, draw_times, simulate, steady_step
 
 import numpy as np
 import pytest

@@ -16,7 +16,7 @@ import build_mtt
 import pytest
 from conftest import write_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -303,7 +303,7 @@ def test_each_process_takes_all_devices_of_its_host_under_slurm():
     program = """
         import sys
         import jax, keras
-        import distribution
+        from toolkit.training import distribution
         jax.distributed.initialize = lambda *_, **options: print(options, file=sys.stderr)
         try:
             with distribution.start(lambda: None):

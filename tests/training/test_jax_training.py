@@ -7,14 +7,14 @@ import textwrap
 from pathlib import Path
 
 import build_mtt
-from checkpoints import find_best
+from toolkit.models.checkpoints import find_best
 
 import pytest
 from conftest import write_dataset
 
 pytest.importorskip("jax")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
 
 
@@ -25,7 +25,7 @@ def test_loops_give_the_same_losses_and_weights(tiny_dataset):
         import sys
         import keras, numpy as np
         from input_data import SegmentReader, open_dataset, shuffled_order
-        from jax_training import JaxTrainer
+        from toolkit.training.jax_training import JaxTrainer
         from model import NetworkConfig, build_network
         from train import Options, compile_trainer
 
@@ -96,7 +96,7 @@ def test_int16_segments_stay_so_on_the_device_and_train_the_same(tmp_path):
         import sys
         import keras, numpy as np
         from input_data import SegmentReader, open_dataset, shuffled_order
-        from jax_training import JaxTrainer
+        from toolkit.training.jax_training import JaxTrainer
         from model import NetworkConfig, build_network
         from train import Options, compile_trainer
 

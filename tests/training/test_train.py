@@ -14,20 +14,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import checkpoints
-import files
 import train
-from checkpoints import Checkpoint, checkpoint_name, find_best, save
-from errors import TrainingError, UsageError
 from input_data import open_dataset
 from model import NetworkConfig, build_network
+from toolkit import files
+from toolkit.errors import TrainingError, UsageError
+from toolkit.models import checkpoints
+from toolkit.models.checkpoints import Checkpoint, checkpoint_name, find_best, save
 from train import Options, StageState, compile_trainer
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = [
     "epoch", "loss", "val_loss", "learning_rate", "val_roc_auc", "val_pr_auc", "seconds",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import csv
 import re
 from pathlib import Path, PurePosixPath
 
-from errors import AnnotationsError
+from toolkit.errors import AnnotationsError
 
 import numpy as np
 import pandas as pd

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from errors import AudioError, UsageError
+from toolkit.errors import AudioError, UsageError
 
 import numpy as np
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import BuildError, ToolkitError
+from toolkit.errors import BuildError, ToolkitError
 
 import distributed.comm
 from distributed import Client, Future, KilledWorker, Security, get_worker

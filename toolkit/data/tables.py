@@ -12,8 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from annotations import CLIP_ID, MP3_PATH, NUM_TAGS, SPLITS, is_inside, read_mtt, top_tags
-from errors import AnnotationsError, UsageError
+from toolkit.data.annotations import (
+    CLIP_ID,
+    MP3_PATH,
+    NUM_TAGS,
+    SPLITS,
+    is_inside,
+    read_mtt,
+    top_tags,
+)
+from toolkit.errors import AnnotationsError, UsageError
 
 import numpy as np
 import pandas as pd

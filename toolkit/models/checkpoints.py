@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cli
-from annotations import MTT_TOP_TAGS
-from errors import CheckpointError, UsageError
-from exports import FORMS, export
-from files import replaced_whole
+from toolkit import cli
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.errors import CheckpointError, UsageError
+from toolkit.files import replaced_whole
+from toolkit.models.exports import FORMS, export
 
 import numpy as np
 

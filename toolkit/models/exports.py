@@ -17,14 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cli
-from errors import ExportError, UsageError
-from files import write_atomically
+from toolkit import cli
+from toolkit.errors import ExportError, UsageError
+from toolkit.files import write_atomically
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from checkpoints import Checkpoint
+    from toolkit.models.checkpoints import Checkpoint
 
     import onnx
 

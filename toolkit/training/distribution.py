@@ -23,8 +23,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import cli
-from errors import ToolkitError, TrainingError, UsageError
+from toolkit import cli
+from toolkit.errors import ToolkitError, TrainingError, UsageError
 
 import numpy as np
 

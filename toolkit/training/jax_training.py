@@ -8,9 +8,9 @@ of several hosts perhaps, share each batch out among them.
 
 from collections.abc import Callable, Iterator
 
-import cli
-from distribution import BATCH_AXIS, Job
 from input_data import INT16_SCALE, SegmentReader
+from toolkit import cli
+from toolkit.training.distribution import BATCH_AXIS, Job
 
 import jax
 import jax.numpy as jnp

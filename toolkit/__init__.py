@@ -1,0 +1,1 @@
+"""The toolkit: everything that the stage scripts share, a folder per concern."""

@@ -1,0 +1,1 @@
+"""Data: annotations, audio decoding, shard records and the workers that build shards."""

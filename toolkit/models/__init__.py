@@ -1,0 +1,1 @@
+"""Model files: our checkpoints, published Keras 2 files, and exports."""

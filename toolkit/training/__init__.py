@@ -1,0 +1,1 @@
+"""Training: stages and resuming, training loops, devices and hosts."""

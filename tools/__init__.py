@@ -1,0 +1,1 @@
+"""Tools beside the pipeline, run as: python -m tools.NAME"""
