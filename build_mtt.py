@@ -16,24 +16,15 @@ import csv
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
-import pickle
 import platform
-import queue
 import shutil
-import signal
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import resource_tracker
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -42,14 +33,13 @@ from input_data import (
     MANIFEST_NAME,
     SHARD_FOLDER,
     Clip,
-    allow_open_files,
     append_records,
     encode_clip,
     read_manifest,
     shard_name,
     write_manifest,
 )
-from toolkit import cli
+from toolkit import cli, messages
 from toolkit.data.annotations import (
     ANNOTATIONS_NAME,
     CLIP_ID,
@@ -61,7 +51,15 @@ from toolkit.data.annotations import (
     missing_dataset_message,
     read_mtt,
 )
-from toolkit.data.audio import CLIP_SECONDS, DECODERS, cut_pieces, decode_pieces, import_madmom
+from toolkit.data.audio import (
+    CLIP_SECONDS,
+    DECODERS,
+    SAMPLE_RATE,
+    SAMPLES_PER_SEGMENT,
+    cut_pieces,
+    decode_pieces,
+    import_madmom,
+)
 from toolkit.data.tables import (
     FOLDER,
     PATH_COLUMNS,
@@ -71,14 +69,14 @@ from toolkit.data.tables import (
     TableForm,
     read_tables,
 )
-from toolkit.errors import AnnotationsError, AudioError, BuildError, Interrupted, UsageError
+from toolkit.errors import AnnotationsError, AudioError, BuildError, UsageError
 from toolkit.files import only_run, remove_leftovers, write_atomically, written_whole
+from toolkit.signals import stop_on_signals
+from toolkit.workers import local_workers, run_tasks
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     import pandas as pd
 
 AUDIO_FOLDER = "mp3"
@@ -93,7 +91,6 @@ _EARLIER_OPTIONS = {
 }
 # One small file a finished shard, gathered into the manifest at the end.
 _PROGRESS_FOLDER = ".progress"
-_FILES_A_WORKER = 3  # that its parent holds open
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -114,8 +111,8 @@ class ShardTask:
 
 def build(
     data_dir: str | Path,
-    sample_rate: int = 22050,
-    num_samples: int = 59049,
+    sample_rate: int = SAMPLE_RATE,
+    num_samples: int = SAMPLES_PER_SEGMENT,
     num_audios_per_shard: int = 100,
     num_workers: int | None = None,
     decoder: str = "av",
@@ -209,7 +206,7 @@ def build(
     else:
         clips, tags, found = read_tables(tables, num_tags, form)
         for sentence in found:
-            cli.say(sentence)
+            messages.say(sentence)
     named = list(clips[MP3_PATH])
     if audio_suffix is not None:
         clips[MP3_PATH] = _with_suffix(clips[MP3_PATH], audio_suffix)
@@ -420,28 +417,29 @@ def _make_shards(
         return f"{len(done)} of {len(tasks)} shards are complete"
 
     if scheduler is None:
-        workers = _local_workers(min(num_workers or os.cpu_count() or 1, len(to_do)), so_far)
+        num_workers = min(num_workers or os.cpu_count() or 1, len(to_do))
+        workers = local_workers(make_shard, num_workers, so_far)
     else:
         cluster = _import_cluster()
         first = to_do[0]
         paths = (clip[1] for task in tasks for clip in task.clips)
         clip = next(path for path in paths if os.path.isfile(first.audio_dir / path))
         agreed = cluster.terms(first.path.parent, first.audio_dir, clip, first.decoder)
-        workers = cluster.connect(scheduler, agreed, so_far, cli.say)
+        workers = cluster.connect(scheduler, agreed, so_far, messages.say)
     with (
         workers as (submit, watch),
-        cli.progress(
+        messages.progress(
             total=num_clips, initial=num_done, unit="clip", desc="building", smoothing=0.1
         ) as bar,
-        _signals_noted() as check_signals,
+        stop_on_signals() as stop,
     ):
 
         def on_wait() -> None:
-            check_signals()
+            stop.check()
             bar.update(num_done + watch() - bar.n)
 
         try:
-            for entry in _run_tasks(submit, to_do, on_wait):
+            for entry in run_tasks(submit, to_do, on_wait):
                 # A name that is no UTF-8 has surrogates, which JSON knows as escapes.
                 note = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace")
                 write_atomically(progress_dir / f"{entry['name']}.json", note)
@@ -453,166 +451,6 @@ def _make_shards(
                 f"{cli.describe_os_error(error)} ({so_far()}): make space and run the same command "
                 "again to go on"
             ) from None
-
-
-@contextmanager
-def _local_workers(
-    num_workers: int, so_far: Callable[[], str]
-) -> Iterator[tuple[Callable, Callable[[], int]]]:
-    """Hold processes that make shards; like `cluster.connect`, which see."""
-    workers = []
-    idle = queue.SimpleQueue()
-
-    def make(task: ShardTask) -> dict:
-        worker = idle.get()
-        try:
-            return worker.make_shard(task)
-        finally:
-            idle.put(worker)
-
-    allow_open_files(_FILES_A_WORKER * num_workers)
-    with ThreadPoolExecutor(num_workers) as threads:
-
-        def submit(task: ShardTask) -> Future:
-            try:
-                if len(workers) < num_workers:
-                    workers.append(_Worker())
-                    idle.put(workers[-1])
-                return threads.submit(make, task)
-            except (RuntimeError, BlockingIOError) as error:
-                raise BuildError(
-                    f"no more processes or threads can be started ({error}; {so_far()}): run the "
-                    "same command again with fewer --num-workers"
-                ) from None
-
-        try:
-            yield submit, lambda: sum(worker.clips_counted for worker in workers)
-        except _WorkerDiedError:
-            raise BuildError(
-                f"a worker process died ({so_far()}): perhaps for lack of memory; run the same "
-                "command again to go on, with fewer --num-workers if it dies again"
-            ) from None
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
-            for worker in workers:
-                worker.kill()
-            for worker in workers:
-                worker.join()
-
-
-class _WorkerDiedError(Exception):
-    pass
-
-
-class _Worker:
-    """A process that makes one shard after another.
-
-    It shares a pipe with us and nothing with other workers: one that dies, at whatever moment,
-    leaves no lock held and no queue cut short that another, or we, would wait at for ever.
-    (`concurrent.futures.ProcessPoolExecutor` does where one dies while the next is started: Python
-    3.11's waits for that one, whom no one ends.)
-    """
-
-    def __init__(self):
-        # Started afresh, not forked: a fork would copy whatever threads and locks we hold.
-        context = multiprocessing.get_context("spawn")
-        self.clips_counted = 0
-        self._connection, its_end = context.Pipe()
-        self._process = context.Process(target=_work, args=(its_end,), daemon=True)
-        # It inherits what is blocked: Ctrl-C is for us, who then end it. A first process starts
-        # one more, in which the standard library unblocks it.
-        resource_tracker.ensure_running()
-        earlier = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
-            its_end.close()  # the last copy is the worker's: its death is the end of the pipe
-
-    def make_shard(self, task: ShardTask) -> dict:
-        """Do `make_shard` there, and count the clips that it is through with."""
-        try:
-            self._connection.send(task)
-            while (result := self._connection.recv()) is None:
-                self.clips_counted += 1
-        except (EOFError, OSError):
-            raise _WorkerDiedError from None
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def kill(self) -> None:
-        """End the process, whatever it does."""
-        self._process.kill()
-
-    def join(self) -> None:
-        """Wait for its end."""
-        self._process.join()
-
-
-def _work(connection: "Connection") -> None:
-    """Be a worker: take tasks, say each clip that is done by None, and then the shard's entry."""
-    cli.end_with_parent()
-    with suppress(EOFError, OSError):  # of the pipe, when we are no longer wanted
-        while True:
-            task = connection.recv()
-            try:
-                result = make_shard(task, partial(connection.send, None))
-            except Exception as error:
-                result = _as_sent(error)
-            connection.send(result)
-
-
-def _as_sent(error: Exception) -> Exception:
-    """Note the stack on an error, for --verbose: it stays here; give one that can be sent."""
-    stack = traceback.format_exc()
-    error.add_note(stack)
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}\n{stack}")
-    return error
-
-
-@contextmanager
-def _signals_noted() -> Iterator[Callable[[], None]]:
-    """Note SIGTERM and Ctrl-C, and give a function that raises them.
-
-    Raised wherever they come they would leave a future's lock held, and its pool could not end.
-    """
-    noted = []
-
-    def check() -> None:
-        if signal.SIGTERM in noted:
-            raise Interrupted("terminated: run the same command again to go on", signal.SIGTERM)
-        if noted:
-            raise KeyboardInterrupt
-
-    earlier = {}
-    if threading.current_thread() is threading.main_thread():  # only there they can be handled
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                earlier[number] = signal.signal(number, lambda number, _: noted.append(number))
-    try:
-        yield check
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def _run_tasks(submit: Callable, tasks: list[ShardTask], on_wait: Callable) -> Iterator[dict]:
-    """Yield each shard's entry as it is finished, by whatever gives futures."""
-    finished = queue.SimpleQueue()
-    for task in tasks:
-        submit(task).add_done_callback(finished.put)
-    num_left = len(tasks)
-    while num_left:
-        with suppress(queue.Empty):
-            future = finished.get(timeout=0.2)
-            num_left -= 1
-            on_wait()  # first: a signal may have been for our workers too, who have died of it
-            yield future.result()
-        on_wait()
 
 
 def _gather(tasks: list[ShardTask], done: dict[str, dict], tags, options: dict) -> dict:
@@ -721,7 +559,7 @@ def _can_do_better(task: ShardTask, entry: dict) -> bool:
         if mp3_path not in skipped
     ):
         return False
-    cli.say(f"{task.path.name}: made again, for {', '.join(mended)} can be decoded now")
+    messages.say(f"{task.path.name}: made again, for {', '.join(mended)} can be decoded now")
     return True
 
 
@@ -762,15 +600,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--sample-rate",
         metavar="HZ",
         type=cli.positive_int,
-        default=22050,
-        help="rate to resample to (default: 22050)",
+        default=SAMPLE_RATE,
+        help="rate to resample to (default: %(default)s)",
     )
     add(
         "--num-samples",
         metavar="N",
         type=cli.positive_int,
-        default=59049,
-        help="samples a segment (default: 59049)",
+        default=SAMPLES_PER_SEGMENT,
+        help="samples a segment (default: %(default)s)",
     )
     add(
         "--stop",
@@ -916,24 +754,24 @@ def _build(arguments: argparse.Namespace) -> int:
         scheduler=arguments.scheduler,
     )
     for skipped in manifest["skipped"]:
-        cli.say(f"skipped clip {skipped[CLIP_ID]}: {skipped['reason']}")
+        messages.say(f"skipped clip {skipped[CLIP_ID]}: {skipped['reason']}")
     for split, found in manifest["splits"].items():
-        cli.say(
-            f"{split}: {cli.count(found['clips'], 'clip')}, "
-            f"{cli.count(found['segments'], 'segment')}, {cli.count(len(found['shards']), 'shard')}"
+        messages.say(
+            f"{split}: {messages.count(found['clips'], 'clip')}, "
+            f"{messages.count(found['segments'], 'segment')}, {messages.count(len(found['shards']), 'shard')}"
         )
     folder = Path(arguments.data_dir) / SHARD_FOLDER
     shards = [
         folder / entry["name"] for found in manifest["splits"].values() for entry in found["shards"]
     ]
-    cli.say(
-        f"{folder}: complete in {cli.duration(time.monotonic() - started)}, "
-        f"{cli.size_on_disk(*shards)}, {cli.count(len(manifest['skipped']), 'clip')} skipped"
+    messages.say(
+        f"{folder}: complete in {messages.duration(time.monotonic() - started)}, "
+        f"{messages.size_on_disk(*shards)}, {messages.count(len(manifest['skipped']), 'clip')} skipped"
     )
     num_skipped = len(manifest["skipped"])
     num_clips = num_skipped + sum(found["clips"] for found in manifest["splits"].values())
     if 100 * num_skipped > arguments.max_skipped * num_clips:
-        cli.say(
+        messages.say(
             f"{Path(sys.argv[0]).name}: error: {num_skipped:,} of {num_clips:,} clips "
             f"({100 * num_skipped / num_clips:.1f} %) were skipped, more than --max-skipped "
             f"{arguments.max_skipped:g}: the shards are complete without them; put the files in "

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from input_data import Clip, open_dataset, read_clips
-from toolkit import cli, figures
+from toolkit import backend, cli, figures, messages
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.evaluation import (
     CONFIDENCE,
@@ -76,7 +76,7 @@ def evaluate(
 
     clips, predictions = [], []
     read = read_clips(test.shards, dataset.num_samples, len(dataset.tags))
-    shown = cli.progress(
+    shown = messages.progress(
         predict_clips(network, read, batch_size),
         total=test.num_clips, unit="clip", desc="evaluating",
     )  # fmt: skip
@@ -326,7 +326,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for model_path in arguments.model_paths:
         cli.check_model(model_path)
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
-    cli.import_keras()
+    backend.import_keras()
     names = model_names(arguments.model_paths)
     is_alone = len(names) == 1
     all_scores, all_resamples = [], []
@@ -335,8 +335,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             model_path, arguments.data_dir, arguments.batch_size
         )
         if (left_out := unscored(tags, scores)) and not all_scores:
-            cli.say(
-                f"{cli.count(len(left_out), 'tag')} without both classes in the test clips left "
+            messages.say(
+                f"{messages.count(len(left_out), 'tag')} without both classes in the test clips left "
                 f"out of the averages: {', '.join(left_out)}"
             )
         whose = "" if is_alone else f" ({name})"
@@ -348,7 +348,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             all_resamples.append(
                 write_report(folder, tags, clips, predictions, scores, arguments.seed)
             )
-            cli.say(f"{folder}: metrics.json, per_tag.csv, per_tag.png, predictions.csv")
+            messages.say(f"{folder}: metrics.json, per_tag.csv, per_tag.png, predictions.csv")
         elif not is_alone:
             labels = np.array([clip.labels for clip in clips])
             all_resamples.append(bootstrap(labels, predictions, seed=arguments.seed))
@@ -363,7 +363,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     if arguments.report:
         write_comparison(arguments.report, tags, names, all_scores, all_resamples, arguments.seed)
-        cli.say(f"{arguments.report}: comparison.json, comparison.csv, comparison.png")
+        messages.say(f"{arguments.report}: comparison.json, comparison.csv, comparison.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from input_data import open_dataset, read_clips
-from toolkit import cli
+from toolkit import backend, cli, messages
 from toolkit.errors import UsageError
 from toolkit.evaluation import DEFAULT_BATCH_SIZE, check_fits, clip_mean, predict_clips
 from toolkit.files import replaced_whole
@@ -68,7 +68,7 @@ def extract(
 
     means, labels, identities = [], [], []
     read = read_clips(test.shards, dataset.num_samples, len(dataset.tags))
-    shown = cli.progress(
+    shown = messages.progress(
         predict_clips(excitations, read, batch_size),
         total=test.num_clips, unit="clip", desc="extracting",
     )  # fmt: skip
@@ -155,14 +155,14 @@ def _extract(arguments: argparse.Namespace) -> None:
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
-    cli.import_keras()
+    backend.import_keras()
     table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
     write(output, table)
     num_depths = table.iloc[:, 1].nunique()  # by place: a tag may be named depth
-    cli.say(
-        f"{output}: {cli.count(len(table), 'row')}, "
-        f"{cli.count(len(table) // num_depths, 'clip')} at {num_depths} depths, "
-        f"{cli.size_on_disk(output)}"
+    messages.say(
+        f"{output}: {messages.count(len(table), 'row')}, "
+        f"{messages.count(len(table) // num_depths, 'clip')} at {num_depths} depths, "
+        f"{messages.size_on_disk(output)}"
     )
 
 

@@ -26,7 +26,6 @@ epoch is a perfect shuffle that holds a few batches in memory.
 import json
 import os
 import re
-import resource
 import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,9 +41,9 @@ from toolkit.data.annotations import (
     missing_dataset_message,
     read_mtt,
 )
-from toolkit.data.audio import segments_a_part
+from toolkit.data.audio import SAMPLE_RATE, segments_a_part
 from toolkit.errors import AnnotationsError, ShardError
-from toolkit.files import write_atomically, written_whole
+from toolkit.files import allow_open_files, write_atomically, written_whole
 
 import google_crc32c
 import numpy as np
@@ -68,7 +67,6 @@ ENCODINGS = ("float32", "int16")
 INT16_SCALE = 32768
 
 _SHARD_NAME = re.compile(r"(train|val|test)-(\d{4,})-of-(\d{4,})(\.seq)?\.tfrecord")
-_OTHER_FILES = 256  # open beside the shards
 _HEADER = struct.Struct("<QI")  # length, masked CRC of the length
 _FOOTER = struct.Struct("<I")  # masked CRC of the bytes
 
@@ -292,7 +290,7 @@ def _dataset_from_headers(data_dir: Path, shards: dict) -> Dataset:
     return Dataset(
         path=data_dir,
         tags=_tags_beside(data_dir, len(clip.labels)),
-        sample_rate=22050,  # the published program's; its shards do not say
+        sample_rate=SAMPLE_RATE,  # the published program's; its shards do not say
         num_samples=clip.segments.shape[1],
         splits=splits,
     )
@@ -767,16 +765,6 @@ class SegmentReader:
                 yield pending.pop(0).result()
         for batch in pending:
             yield batch.result()
-
-
-def allow_open_files(num_files: int) -> None:
-    """Raise this process's limit of open files, as far as it may, for so many beside the usual."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = num_files + _OTHER_FILES
-    if hard != resource.RLIM_INFINITY:
-        needed = min(needed, hard)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def shuffled_order(num_segments: int, seed: int, stage: int, epoch: int) -> np.ndarray:

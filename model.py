@@ -7,63 +7,16 @@ Small parts first, the network last. A convolution's layers are named by place: 
 ``block3_conv1_bn``, …, ``block3_se_excitation``.
 """
 
-from dataclasses import asdict, dataclass
-
 from toolkit.errors import UsageError
+from toolkit.models.config import NetworkConfig
 
 import keras
 from keras import layers, ops
 
-BLOCKS = ("se", "rese", "res", "basic")
-INITIALIZERS = ("published", "he")
-SAMPLES_PER_SEGMENT = 59049  # 3^10: the first convolution and nine poolings by 3 leave one frame
 NUM_BLOCKS = 9
 # Features of the nine blocks, in units of the first convolution's.
 _WIDTHS = (1, 1, 2, 2, 2, 2, 2, 2, 4)
 _BLOCK_DROPOUT = 0.2
-
-
-@dataclass(frozen=True)
-class NetworkConfig:
-    """What makes one of the paper's networks."""
-
-    block: str = "se"  # se, rese, res or basic
-    multi: bool = True  # aggregate the last three blocks, not only the last
-    num_tags: int = 50
-    init_features: int = 128  # of the first convolution; the blocks have 1, 2 and 4 times as many
-    alpha: float = 16.0  # width of the SE's hidden layer over its input's
-    dropout: float = 0.5  # before the output
-    weight_decay: float = 0.0  # L2 of the convolutions' kernels
-    initializer: str = "published"  # of the convolutions' kernels, see `kernel_initializer`
-    num_samples: int = SAMPLES_PER_SEGMENT
-
-    def __post_init__(self):
-        if self.block not in BLOCKS:
-            raise UsageError(f"block must be one of {', '.join(BLOCKS)}. Received: {self.block!r}")
-        if self.initializer not in INITIALIZERS:
-            raise UsageError(
-                f"initializer must be one of {', '.join(INITIALIZERS)}. "
-                f"Received: {self.initializer!r}"
-            )
-        if self.num_samples < SAMPLES_PER_SEGMENT:
-            raise UsageError(
-                f"segments must have at least {SAMPLES_PER_SEGMENT} samples, which the ten "
-                f"reductions by 3 need. Received: {self.num_samples}"
-            )
-        if self.has_excitations and self.init_features * self.alpha < 1:
-            raise UsageError(
-                f"alpha times the {self.init_features} initial features must be at least 1. "
-                f"Received: alpha {self.alpha}"
-            )
-
-    @property
-    def has_excitations(self) -> bool:
-        """Whether the blocks squeeze and excite."""
-        return self.block in ("se", "rese")
-
-    def to_json(self) -> dict:
-        """Give the fields as plain values for a file."""
-        return asdict(self)
 
 
 # --- Parts -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from input_data import Clip
-from toolkit import cli, figures
+from toolkit import backend, cli, figures, messages
 from toolkit.data.audio import cut_pieces, decode_pieces
 from toolkit.errors import AudioError, CheckpointError, UsageError
 from toolkit.evaluation import DEFAULT_BATCH_SIZE, clip_mean, predict_clips
@@ -104,7 +104,7 @@ def tag_files(
     broken = set()  # some of them after their first parts were predicted
     found = predicted = 0
     # Of any file's segments only a sum is known before all are decoded.
-    shown = cli.progress(total=len(paths), unit="file", desc="tagging", miniters=0)
+    shown = messages.progress(total=len(paths), unit="file", desc="tagging", miniters=0)
 
     def clips() -> Iterator[Clip]:
         nonlocal found
@@ -301,7 +301,7 @@ def _tag(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{', '.join(arguments.audio)}: no files in it")
     _check_taggrams(arguments, len(files))
 
-    cli.import_keras()
+    backend.import_keras()
     from toolkit.models import checkpoints
 
     checkpoint = checkpoints.load(arguments.model_path)
@@ -316,7 +316,7 @@ def _tag(arguments: argparse.Namespace) -> None:
             failed.append(error)
         else:
             num_skipped += 1
-            cli.say(f"{error}: skipped")
+            messages.say(f"{error}: skipped")
 
     for path, probabilities in tag_files(
         checkpoint, [path for path, _ in files], hop, arguments.batch_size, refused
@@ -341,12 +341,12 @@ def _tag(arguments: argparse.Namespace) -> None:
             )  # fmt: skip
 
     if num_skipped:
-        cli.say(f"{num_skipped:,} of {len(files):,} files are not audio and were skipped")
+        messages.say(f"{num_skipped:,} of {len(files):,} files are not audio and were skipped")
     if len(failed) == 1:
         raise failed[0]
     if failed:
         for error in failed:
-            cli.say(str(error))
+            messages.say(str(error))
         raise AudioError(f"{len(failed):,} of the files named cannot be decoded")
     if not num_tagged:
         raise AudioError(f"{', '.join(arguments.audio)}: no audio in it")

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import secrets
-import signal
 import sys
 import time
 import traceback
@@ -31,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from input_data import Dataset, SegmentReader, open_dataset, read_clips, shuffled_order
-from toolkit import cli, figures
-from toolkit.errors import Interrupted, ToolkitError, TrainingError, UsageError
+from toolkit import backend, cli, figures, messages
+from toolkit.errors import ToolkitError, TrainingError, UsageError
 from toolkit.evaluation import (
     Scores,
     binary_crossentropy,
@@ -43,6 +42,7 @@ from toolkit.evaluation import (
 )
 from toolkit.files import only_run, remove_leftovers, write_atomically
 from toolkit.models import checkpoints
+from toolkit.signals import StopRequest, stop_on_signals
 from toolkit.training import distribution
 from toolkit.training.distribution import Job
 
@@ -96,7 +96,7 @@ class Run:
     options: Options
     jit: bool
     job: Job
-    stop: "StopRequest"
+    stop: StopRequest
 
     def stage_dir(self, stage: int) -> Path:
         """Name a stage's folder."""
@@ -208,12 +208,12 @@ def train(
 
 
 @contextmanager
-def _open_job(options: Options, stop: "StopRequest") -> Iterator[Job]:
+def _open_job(options: Options, stop: StopRequest) -> Iterator[Job]:
     """Seed, then find the devices: Keras must not compute before."""
     import keras
 
     # Keras seeds TensorFlow too where it is there, on any backend: it is imported and talks.
-    with cli.chatter_held():
+    with backend.stderr_held():
         keras.utils.set_random_seed(options.seed % 2**32)
     if options.mixed_precision:
         keras.config.set_dtype_policy("mixed_bfloat16")
@@ -444,7 +444,7 @@ def _run_stage(run: Run, stage: int, state: StageState, checkpoint: checkpoints.
         _seed_dropout(trainer, options.seed, stage, epoch)
         order = shuffled_order(run.segments.num_segments, options.seed, stage, epoch)
         num_steps = len(order) // options.batch_size
-        with cli.progress(
+        with messages.progress(
             total=num_steps, desc=f"epoch {epoch}", unit="step", leave=False,
             disable=not job.is_first,
         ) as bar:  # fmt: skip
@@ -471,7 +471,7 @@ def _run_stage(run: Run, stage: int, state: StageState, checkpoint: checkpoints.
         job.say(
             f"stage {stage} epoch {epoch}: loss {loss:.4f}, val_loss {val_loss:.4f}, val ROC AUC "
             f"{scores.macro_roc_auc:.4f}, PR AUC {scores.macro_pr_auc:.4f}, "
-            f"{cli.duration(row['seconds'])}{' *' if improved else ''}"
+            f"{messages.duration(row['seconds'])}{' *' if improved else ''}"
         )
     if job.is_first:
         events.close()
@@ -591,7 +591,7 @@ def _choose_predictor(run: Run, network: "keras.Model"):
     return network
 
 
-def _step_watch(bar: "tqdm", epoch: int, stop: "StopRequest") -> Callable[[int, float], None]:
+def _step_watch(bar: "tqdm", epoch: int, stop: StopRequest) -> Callable[[int, float], None]:
     """Show each step, end on a signal, and stop at a loss that is no number."""
 
     def watch(num_steps: int, loss: float) -> None:
@@ -677,7 +677,7 @@ def _predict_split(
     num_tags = len(dataset.tags)
     found = dataset.splits[split]
     shards = found.shards[job.process :: job.num_processes]
-    clips = cli.progress(
+    clips = messages.progress(
         predict_clips(
             predictor,
             read_clips(shards, dataset.num_samples, num_tags),
@@ -752,7 +752,7 @@ def _draw_training(train_dir: Path) -> None:
     try:
         plot_training(train_dir)
     except Exception as error:
-        cli.say(f"{train_dir / PICTURE_NAME}: not drawn: {error}")
+        messages.say(f"{train_dir / PICTURE_NAME}: not drawn: {error}")
 
 
 class EventLog:
@@ -760,7 +760,7 @@ class EventLog:
 
     def __init__(self, stage_dir: Path, history: list[dict]):
         # TensorBoard imports TensorFlow where it finds it, which talks, on any backend.
-        with cli.chatter_held():
+        with backend.stderr_held():
             from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -793,39 +793,6 @@ class EventLog:
     def close(self) -> None:
         """Flush and close the file."""
         self._writer.close()
-
-
-class StopRequest:
-    """Whether a signal has asked to end."""
-
-    def __init__(self):
-        self.signal_number = None
-
-    def check(self) -> None:
-        """Raise `Interrupted` after SIGTERM or Ctrl-C."""
-        if self.signal_number is not None:
-            name = signal.Signals(self.signal_number).name
-            raise Interrupted(
-                f"ended by {name}: the same command goes on from the last finished epoch",
-                self.signal_number,
-            )
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Let SIGTERM and Ctrl-C end the program after the step at hand; a second one ends it now."""
-    stop = StopRequest()
-
-    def note(signal_number, _):
-        stop.signal_number = signal_number
-        signal.signal(signal_number, signal.SIG_DFL)
-
-    earlier = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -1023,7 +990,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(arguments: argparse.Namespace) -> None:
     open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
-    cli.import_keras()
+    backend.import_keras()
     from model import NetworkConfig
 
     config = NetworkConfig(

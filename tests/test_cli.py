@@ -11,7 +11,7 @@ import sys
 import termios
 from pathlib import Path
 
-from toolkit import cli, errors
+from toolkit import backend, cli, errors, messages
 from toolkit.errors import AudioError, BuildError, Interrupted, ShardError, ToolkitError, UsageError
 
 import numpy as np
@@ -115,7 +115,7 @@ def test_the_backends_own_errors_of_memory_are_told(module, use):
     program = (
         "import sys, cli\n"
         "def stage(arguments):\n"
-        f"    cli.import_quietly({module!r})\n"
+        f"    backend.import_quietly({module!r})\n"
         f"    {use}\n"
         "parser = cli.add_general(cli.new_parser('', ''))\n"
         "parser.add_argument('--batch-size', default=8)\n"
@@ -226,8 +226,8 @@ def on_terminal(command, variables):
 
 PROGRESS = """
 import sys, cli
-for number in cli.progress(range(3), mininterval=0, desc="trying"):
-    cli.say(f"at {number}")
+for number in messages.progress(range(3), mininterval=0, desc="trying"):
+    messages.say(f"at {number}")
 """
 COLOURS = re.compile(rb"\x1b\[[0-9;]*m")
 
@@ -312,12 +312,12 @@ def test_argument_types(capsys, kind, good, bad):
     ],
 )  # fmt: skip
 def test_durations(seconds, said):
-    assert cli.duration(seconds) == said
+    assert messages.duration(seconds) == said
 
 
 @given(st.floats(1, 1e9))
 def test_a_duration_says_about_as_long_as_it_is(seconds):
-    said = cli.duration(seconds)
+    said = messages.duration(seconds)
     parts = re.fullmatch(r"(?:([\d,]+) h)? ?(?:(\d+) min)? ?(?:(\d+) s)?", said)
     hours, minutes, rest = (int((part or "0").replace(",", "")) for part in parts.groups())
     assert minutes < 60 and rest < 60 and not (hours and rest)
@@ -333,12 +333,12 @@ def test_a_duration_says_about_as_long_as_it_is(seconds):
     ],
 )  # fmt: skip
 def test_sizes(num_bytes, said):
-    assert cli.size(num_bytes) == said
+    assert messages.size(num_bytes) == said
 
 
 @given(st.integers(0, 10**18))
 def test_a_size_says_two_digits_or_more_of_what_it_is(num_bytes):
-    number, unit = cli.size(num_bytes).split()
+    number, unit = messages.size(num_bytes).split()
     factor = {"byte": 1, "bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
     value = float(number.replace(",", ""))
     assert abs(value * factor - num_bytes) <= 0.05001 * num_bytes
@@ -350,10 +350,10 @@ def test_the_size_of_files_and_folders(tmp_path):
     (tmp_path / "folder" / "a").write_bytes(bytes(1500))
     (tmp_path / "folder" / "deep" / "b").write_bytes(bytes(1000))
     (tmp_path / "c").write_bytes(bytes(5))
-    assert cli.size_on_disk(tmp_path / "c") == "5 bytes"
-    assert cli.size_on_disk(tmp_path / "folder") == "2.5 kB"
-    assert cli.size_on_disk(tmp_path / "folder", str(tmp_path / "c")) == "2.5 kB"
-    assert cli.size_on_disk() == "0 bytes"
+    assert messages.size_on_disk(tmp_path / "c") == "5 bytes"
+    assert messages.size_on_disk(tmp_path / "folder") == "2.5 kB"
+    assert messages.size_on_disk(tmp_path / "folder", str(tmp_path / "c")) == "2.5 kB"
+    assert messages.size_on_disk() == "0 bytes"
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_the_size_of_files_and_folders(tmp_path):
     [(0, "0 clips"), (1, "1 clip"), (2, "2 clips"), (152_500, "152,500 clips")],
 )
 def test_counts(number, said):
-    assert cli.count(number, "clip") == said
+    assert messages.count(number, "clip") == said
 
 
 def write_module(folder, name, body):
@@ -372,18 +372,18 @@ def test_import_quietly_swallows_chatter_but_not_failures(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     write_module(tmp_path, "chatty_module", "import os\nos.write(2, b'chatter\\n')\n")
     write_module(tmp_path, "broken_module", "import os\nos.write(2, b'why\\n')\nraise ImportError")
-    cli.import_quietly("chatty_module")
+    backend.import_quietly("chatty_module")
     assert "chatty_module" in sys.modules
     assert capfd.readouterr().err == ""
     with pytest.raises(ImportError):
-        cli.import_quietly("broken_module")
+        backend.import_quietly("broken_module")
     assert capfd.readouterr().err == "why\n"
     os.write(2, b"still there\n")
     assert capfd.readouterr().err == "still there\n"
 
 
 def test_progress_in_a_log_is_a_line_now_and_then(capsys):
-    with cli.progress(total=10, initial=4, mininterval=0, unit="clip") as bar:
+    with messages.progress(total=10, initial=4, mininterval=0, unit="clip") as bar:
         assert capsys.readouterr() == ("", "")
         bar.update(3)
         bar.update(3)
@@ -392,7 +392,7 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys):
     assert "7/10" in err.splitlines()[0]
     assert "10/10" in err.splitlines()[-1]
     assert "\r" not in err
-    with cli.progress(range(100)) as bar:
+    with messages.progress(range(100)) as bar:
         assert list(bar) == list(range(100))
     assert capsys.readouterr() == ("", "")
 
@@ -400,11 +400,11 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys):
 def test_a_backend_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "nonsense")
     with pytest.raises(UsageError, match=r"^KERAS_BACKEND=nonsense: .*tensorflow, jax, torch$"):
-        cli.import_keras()
+        backend.import_keras()
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"^jax, .*-r requirements/backends.txt, or name another"):
-        cli.import_keras()
+        backend.import_keras()
 
 
 def test_a_script_says_a_wrong_backend_in_one_line(golden):
@@ -436,7 +436,7 @@ def test_a_missing_backend_is_named_with_its_requirements(
         monkeypatch.setenv("KERAS_BACKEND", backend)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:
-        cli.import_keras()
+        backend.import_keras()
     assert str(caught.value).startswith(f"{backend or 'tensorflow'}, Keras's backend here, is not ")
     assert f"pip install -r {requirements}, " in str(caught.value)
     assert (ROOT / requirements).is_file()
@@ -448,4 +448,4 @@ def test_the_backend_of_keras_own_settings_is_heeded(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"^jax, Keras's backend here, is not installed"):
-        cli.import_keras()
+        backend.import_keras()

@@ -1,36 +1,19 @@
-"""What scripts share at the command line: options and their types, quiet libraries, progress, how
-durations and sizes are said, errors, exit status.
-"""
+"""What scripts share on the command line: options, errors and exit status."""
 
 import argparse
-import importlib.util
-import json
-import logging
-import multiprocessing
+import dataclasses
 import os
 import re
 import sys
-import tempfile
-import threading
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-from toolkit import minimum_python  # noqa: F401  # first: the rest needs a later Python
+import toolkit.minimum_python  # noqa: F401  # first: the rest needs a newer Python
 from toolkit.errors import ToolkitError, UsageError
+from toolkit.messages import say
 
-from tqdm import tqdm
-
-# Keras's backends, and what to install for each.
-_BACKENDS = {
-    "tensorflow": "requirements.txt",
-    "jax": "requirements/backends.txt",
-    "torch": "requirements/backends.txt",
-}
-
-# How JAX, PyTorch and XLA say it, whose errors are of no type of their own.
+# JAX, PyTorch and XLA report a lack of memory by messages; they have no common error type.
 _OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|CUDA out of memory|can't allocate memory|ran out of memory|"
     r"Out of memory (while trying to allocate|allocating)|[Ff]ailed to allocate"
@@ -38,6 +21,64 @@ _OUT_OF_MEMORY = re.compile(
 
 
 # --- Options -------------------------------------------------------------------------------------
+
+
+def option(default, help: str, *, group: str, flag: str | None = None, **argparse_options):
+    """Declare a command line option as a field of a dataclass.
+
+    Parameters
+    ----------
+    default : object
+        Default value. True or False declares a switch that sets the opposite.
+    help : str
+        Help line; the default is appended.
+    group : str
+        Title of the option's group in ``--help``.
+    flag : str or None
+        Name on the command line; None for the field's name, such as ``--batch-size``.
+    **argparse_options
+        ``type``, ``metavar`` and ``choices``, as for ``ArgumentParser.add_argument``.
+    """
+    argparse_options |= {"help": help, "group": group, "flag": flag}
+    return dataclasses.field(default=default, metadata=argparse_options)
+
+
+def add_options(parser: argparse.ArgumentParser, *options_classes: type) -> None:
+    """Add the options that dataclasses declare with `option`, in their groups.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        See `new_parser`.
+    *options_classes : type
+        Dataclasses; fields without `option` are skipped.
+    """
+    groups = {group.title: group for group in parser._action_groups}
+    for field in (field for cls in options_classes for field in dataclasses.fields(cls)):
+        metadata = dict(field.metadata)
+        if not metadata:
+            continue
+        title, flag = metadata.pop("group"), metadata.pop("flag")
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        if isinstance(field.default, bool):
+            metadata["action"] = "store_false" if field.default else "store_true"
+            shown = "off"
+        else:
+            shown = "none" if field.default is None else f"{field.default}"
+        metadata["help"] += f" (default: {shown})"
+        groups[title].add_argument(
+            flag or f"--{field.name.replace('_', '-')}",
+            dest=field.name,
+            default=field.default,
+            **metadata,
+        )
+
+
+def read_options(options_class: type, arguments: argparse.Namespace):
+    """Create an options dataclass from parsed arguments."""
+    names = [field.name for field in dataclasses.fields(options_class) if field.metadata]
+    return options_class(**{name: getattr(arguments, name) for name in names})
 
 
 def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -178,165 +219,7 @@ def _number(kind: type, text: str, is_valid: Callable, wanted: str):
     return value
 
 
-# --- Libraries and talk --------------------------------------------------------------------------
-
-
-def import_quietly(*modules: str) -> None:
-    """Import libraries without the chatter that a user cannot act on.
-
-    Parameters
-    ----------
-    *modules : str
-        Names of modules, such as ``keras``, that talk while they are first imported.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    # TensorFlow warns of tracing again for each stage's best checkpoint, which is meant.
-    for name in ("absl", "tensorflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with chatter_held():
-        for module in modules:
-            importlib.import_module(module)
-
-
-def import_keras() -> None:
-    """Import Keras and its backend quietly; `UsageError` where the backend cannot be had."""
-    backend = os.environ.get("KERAS_BACKEND") or _configured_backend()
-    if backend not in _BACKENDS:
-        raise UsageError(f"KERAS_BACKEND={backend}: expected one of {', '.join(_BACKENDS)}")
-    # Keras asks for its backend by importing it.
-    if importlib.util.find_spec(backend) is None:
-        raise UsageError(
-            f"{backend}, Keras's backend here, is not installed: python -m pip install -r "
-            f"{_BACKENDS[backend]}, or name another by KERAS_BACKEND ({', '.join(_BACKENDS)})"
-        )
-    import_quietly("keras")
-
-
-def _configured_backend() -> str:
-    """Read Keras's own file of settings as Keras does, where no environment variable says more."""
-    folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
-    try:
-        return json.loads((folder / "keras.json").read_text())["backend"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "tensorflow"
-
-
-@contextmanager
-def chatter_held() -> Iterator[None]:
-    """Hold back what libraries write to standard error; give it out only after an exception."""
-    # TensorFlow's C++ side writes to the descriptor itself before it reads any setting.
-    with tempfile.TemporaryFile() as said:
-        sys.stderr.flush()
-        standard_error = os.dup(2)
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            sys.stderr.flush()
-            said.seek(0)
-            os.write(standard_error, said.read())
-            raise
-        finally:
-            sys.stderr.flush()
-            os.dup2(standard_error, 2)
-            os.close(standard_error)
-
-
-def progress(iterable=None, **options) -> tqdm:
-    """Show progress on standard error: live on a terminal, a line now and then in a log.
-
-    Parameters
-    ----------
-    iterable : iterable or None
-        What to go through; None to call ``update`` by hand.
-    **options
-        As for ``tqdm.tqdm``.
-    """
-    # TQDM_COLOUR would put escape codes into logs, and colour where NO_COLOR is set.
-    options = {"colour": None} | options
-    if sys.stderr.isatty() or _is_notebook(sys.stderr):
-        return tqdm(iterable, **options)
-    return _LogProgress(iterable, **{"mininterval": 30, "maxinterval": 30, "ncols": 0} | options)
-
-
-def _is_notebook(stream) -> bool:
-    """Tell Jupyter's cells, no terminal, but they draw a line again as one does."""
-    return type(stream).__module__ == "ipykernel.iostream"
-
-
-class _LogProgress(tqdm):
-    """Progress as whole lines, for standard error that is a file or a pipe."""
-
-    def display(self, msg=None, pos=None):
-        # Nothing is said at the start, nor of work that is done before the first line is due.
-        if self.n > self.initial and self._time() - self.start_t >= self.mininterval:
-            sys.stderr.write(f"{self}\n")
-            sys.stderr.flush()
-
-    def clear(self, nolock=False):
-        pass  # a line that is written stays
-
-    def close(self):
-        self.leave = False
-        super().close()
-
-
-def count(number: int, what: str) -> str:
-    """Say how many, as ``1 clip`` or ``15,250 clips``."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """Say a time in the two units that matter, as ``8 s``, ``3 min 5 s`` or ``2 h 4 min``."""
-    if seconds < 1:
-        return "under 1 s"
-    if round(seconds) < 3600:
-        numbers, units = divmod(round(seconds), 60), ("min", "s")
-    else:
-        numbers, units = divmod(round(seconds / 60), 60), ("h", "min")
-    parts = zip(numbers, units, strict=True)
-    return " ".join(f"{number:,} {unit}" for number, unit in parts if number)
-
-
-def size(num_bytes: int) -> str:
-    """Say a number of bytes, as ``871 bytes``, ``3.4 MB`` or ``50 GB``, by thousands."""
-    if num_bytes < 1000:
-        return count(num_bytes, "byte")
-    value = float(num_bytes)
-    for unit in ("kB", "MB", "GB"):
-        value /= 1000
-        if value < 999.5:
-            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
-    return f"{value / 1000:,.1f} TB"
-
-
-def size_on_disk(*paths: str | Path) -> str:
-    """Say the size of files, and of all files in folders."""
-    files = []
-    for path in map(Path, paths):
-        files += [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return size(sum(file.stat().st_size for file in files))
-
-
-def say(message: str) -> None:
-    """Talk to the person at the terminal; standard output is kept for data."""
-    tqdm.write(message, file=sys.stderr)
-    sys.stderr.flush()
-
-
 # --- Running a stage -----------------------------------------------------------------------------
-
-
-def end_with_parent() -> None:
-    """End this worker process when the one that started it is gone, which may be killed."""
-
-    def end() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
 
 
 def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import secrets
 import socket
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from toolkit import cli
+from toolkit import messages
 from toolkit.errors import ToolkitError
 
 _LOCK_NAME = ".lock"
+_OTHER_FILES = 256  # open files that a process needs besides those it announces
 # What file systems of several machines say that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -95,5 +97,17 @@ def only_run(folder: Path, what: str, error: type[ToolkitError]) -> Iterator[Non
         except OSError as reason:
             if reason.errno not in _NO_LOCKS:
                 raise
-            cli.say(f"{folder}: cannot be locked ({reason.strerror}): start no second {what} in it")
+            messages.say(
+                f"{folder}: cannot be locked ({reason.strerror}): start no second {what} in it"
+            )
         yield
+
+
+def allow_open_files(num_files: int) -> None:
+    """Raise this process's limit of open files, if it may, for this many additional files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = num_files + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -40,7 +40,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit import cli
+from toolkit import backend, cli, messages
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.training import distribution
 
@@ -277,7 +277,7 @@ def measure_input(repeats: int, data_dir: Path, batch_size: int) -> Iterator[Fig
         note="peak of a process that only reads, over what it held before",
     )  # fmt: skip
     try:
-        cli.import_quietly("tensorflow")
+        backend.import_quietly("tensorflow")
         import tensorflow as tf
     except ImportError:
         return
@@ -345,7 +345,7 @@ def measure_model(
 
     if options.mixed_precision:
         keras.config.set_dtype_policy("mixed_bfloat16")
-    with cli.chatter_held():
+    with backend.stderr_held():
         keras.utils.set_random_seed(0)
     jit = choose_jit(options.jit, config.block)
     precision = "bf16" if options.mixed_precision else "float32"
@@ -471,7 +471,7 @@ def _profile(call: Callable[[], object], num_rows: int = 15) -> list[dict]:
         for name, microseconds in taken.most_common(num_rows)
     ]
     for row in rows:
-        cli.say(f"  {row['share']:6.1%}  {row['ms']:9.2f} ms  {row['kernel'][:80]}")
+        messages.say(f"  {row['share']:6.1%}  {row['ms']:9.2f} ms  {row['kernel'][:80]}")
     return rows
 
 
@@ -480,7 +480,7 @@ def _profile_torch(call: Callable[[], object]) -> Counter:
     from torch.autograd import DeviceType
     from torch.profiler import profile
 
-    with cli.chatter_held(), profile() as profiled:
+    with backend.stderr_held(), profile() as profiled:
         call()
     events = profiled.key_averages()
     kernels = [event for event in events if event.device_type == DeviceType.CUDA]
@@ -716,7 +716,7 @@ def measure_hosts(
         if found["exchanges"]:
             yield _figure_of(
                 "hosts", f"{what}: gradients exchanged", "ms a step", found["exchanges"],
-                f"{cli.size(found['bytes'])} of gradients, {cli.size(found['sent'])} sent by each",
+                f"{messages.size(found['bytes'])} of gradients, {messages.size(found['sent'])} sent by each",
             )  # fmt: skip
 
 
@@ -758,7 +758,7 @@ def say_rate_of_a_host(
 ) -> None:
     """Train as one process of a job on some cores; the first prints its rates as JSON."""
     os.sched_setaffinity(0, cores)
-    cli.import_keras()
+    backend.import_keras()
     from model import NetworkConfig, build_network
     from toolkit.training.jax_training import JaxTrainer
     from train import Options, compile_trainer
@@ -767,7 +767,7 @@ def say_rate_of_a_host(
     import keras
     from jax.sharding import NamedSharding, PartitionSpec
 
-    with cli.chatter_held():
+    with backend.stderr_held():
         keras.utils.set_random_seed(0)
     with distribution.start(lambda: None) as job:
         job.check_batch_size(batch_size)
@@ -1051,7 +1051,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         return _report(measure_sweep(arguments, machine), machine, arguments.json)
     if arguments.profile and os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
         raise UsageError("--profile: needs the JAX or the PyTorch backend (--backend)")
-    cli.import_keras()
+    backend.import_keras()
     _allow_tf32(not arguments.no_tf32)
     return _report(_measure_all(arguments, stages, data_dir), describe_machine(), arguments.json)
 
@@ -1084,12 +1084,12 @@ def _report(
     for found in measured:
         if isinstance(found, Failure):
             failures.append(found)
-            cli.say(f"{found.stage}: {found.what}: not measured: {found.reason}")
+            messages.say(f"{found.stage}: {found.what}: not measured: {found.reason}")
         else:
             if not found.floors:  # those of a sweep's processes have theirs
                 enter_floors(found, figures)
             figures.append(found)
-            cli.say(f"{found.stage}: {found.what}: {_human(found.median)} {found.unit}")
+            messages.say(f"{found.stage}: {found.what}: {_human(found.median)} {found.unit}")
         if json_path:
             content = {
                 "machine": machine,

@@ -27,7 +27,7 @@ import os
 import sys
 from pathlib import Path
 
-from toolkit import cli
+from toolkit import cli, messages
 from toolkit.errors import BuildError, UsageError
 from toolkit.files import write_atomically
 
@@ -1252,7 +1252,7 @@ def make_demo_dataset(
             num_workers, mp_context=spawn, initializer=cli.end_with_parent
         ) as pool:
             written = pool.map(write, clips, chunksize=2)
-            for _ in cli.progress(written, total=len(clips), unit="clip", desc="synthesising"):
+            for _ in messages.progress(written, total=len(clips), unit="clip", desc="synthesising"):
                 pass
     except concurrent.futures.process.BrokenProcessPool:
         raise BuildError(
@@ -1309,9 +1309,9 @@ def _stage(arguments: argparse.Namespace) -> None:
     clips = make_demo_dataset(arguments.out, arguments.clips, arguments.seed, arguments.num_workers)
     num_tags = len(frozenset().union(*(clip.tags for clip in clips)))
     mp3s = [arguments.out / "mp3" / clip.mp3_path for clip in clips]
-    cli.say(
-        f"{arguments.out}: {cli.count(len(clips), 'clip')} of 29 s with "
-        f"{cli.count(num_tags, 'tag')}, {cli.size_on_disk(*mp3s)}"
+    messages.say(
+        f"{arguments.out}: {messages.count(len(clips), 'clip')} of 29 s with "
+        f"{messages.count(num_tags, 'tag')}, {messages.size_on_disk(*mp3s)}"
     )
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from toolkit import cli
+from toolkit import cli, messages
 from toolkit.errors import UsageError
 from tools.simulation import Regime, calibrate, compare_regimes
 
@@ -377,7 +377,7 @@ def turning_points(plan: Plan) -> dict[str, float]:
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.0f} h" if seconds >= 360_000 else cli.duration(seconds)
+    return f"{seconds / 3600:,.0f} h" if seconds >= 360_000 else messages.duration(seconds)
 
 
 def _significant(value: float) -> str:
@@ -388,10 +388,10 @@ def _significant(value: float) -> str:
 _BUILD_ROWS: tuple[tuple[str, str, Callable[..., str]], ...] = (
     ("clips", "clips", "{:,}".format),
     ("segments", "segments", "{:,}".format),
-    ("audio, compressed", "audio_bytes", cli.size),
-    ("shards, float32", "shard_bytes_float32", cli.size),
-    ("shards, int16", "shard_bytes_int16", cli.size),
-    ("read and written", "build_moved_bytes", cli.size),
+    ("audio, compressed", "audio_bytes", messages.size),
+    ("shards, float32", "shard_bytes_float32", messages.size),
+    ("shards, int16", "shard_bytes_int16", messages.size),
+    ("read and written", "build_moved_bytes", messages.size),
     ("core hours", "build_core_seconds", lambda seconds: _significant(seconds / 3600)),
     ("cores that fill the storage", "build_full_cores", "{:,}".format),
     ("**the build**", "build_seconds", _hours),
@@ -411,8 +411,12 @@ _TRAINING_ROWS: tuple[tuple[str, str, Callable[..., str]], ...] = (
     ("before the first step", "start_seconds", _hours),
     ("**all epochs**", "total_seconds", _hours),
     ("GPU hours", "gpu_hours", _significant),
-    ("read from the storage", "storage_read_bytes", cli.size),
-    ("exchanged by a host, each way", "host_exchange_bytes", lambda size: cli.size(round(size))),
+    ("read from the storage", "storage_read_bytes", messages.size),
+    (
+        "exchanged by a host, each way",
+        "host_exchange_bytes",
+        lambda size: messages.size(round(size)),
+    ),
 )
 _TURNING_ROWS = (
     ("GPUs that a host can feed from shards", "gpus_a_host_feeds"),
@@ -711,7 +715,7 @@ def make_plans(arguments: argparse.Namespace) -> dict[str, Plan]:
         chosen = known | {name: value for name, value in given.items() if value is not None}
         name = dataset if arguments.clips is None else f"{arguments.clips:,} clips"
         if len(arguments.gpus) > 1 or gpu_rate is not None:
-            name += f" on {cli.count(gpus, 'GPU')}"
+            name += f" on {messages.count(gpus, 'GPU')}"
             name += "" if gpu_rate is None else f" of {gpu_rate:,g}/s"
         plans[name] = Plan(**chosen, **others, gpus=gpus, gpu_rate=gpu_rate)
     return plans
@@ -724,7 +728,7 @@ def main(argv: list[str] | None = None) -> int:
 def _plan(arguments: argparse.Namespace) -> None:
     if arguments.what == "figure":
         plot_plan(arguments.out, next(iter(make_plans(arguments).values())), arguments.seed)
-        cli.say(f"{arguments.out}: drawn")
+        messages.say(f"{arguments.out}: drawn")
         return
     if arguments.what == "cost":
         results = {

@@ -151,9 +151,10 @@ def mutate_shard(content: bytes, draw: random.Random) -> bytes:
 
 def checkpoint_cases(folder: Path):
     """Give the originals, and how one is mutated and read."""
-    from model import BLOCKS, NetworkConfig, build_network
+    from model import build_network
     from toolkit.data.annotations import MTT_TOP_TAGS
     from toolkit.models.checkpoints import Checkpoint, load, save
+    from toolkit.models.config import BLOCKS, NetworkConfig
 
     import keras
 

@@ -13,11 +13,12 @@ import time
 import zipfile
 from pathlib import Path
 
-from model import BLOCKS, NetworkConfig, build_network
+from model import build_network
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.errors import CheckpointError
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint, checkpoint_name, find_best, load, save
+from toolkit.models.config import BLOCKS, NetworkConfig
 
 import h5py
 import numpy as np

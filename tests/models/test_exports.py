@@ -6,11 +6,12 @@ import zipfile
 from pathlib import Path
 
 from input_data import read_clips
-from model import BLOCKS, NetworkConfig, build_network
+from model import build_network
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.errors import ExportError, UsageError
 from toolkit.models import checkpoints, exports
 from toolkit.models.checkpoints import Checkpoint, load
+from toolkit.models.config import BLOCKS, NetworkConfig
 
 import keras
 import numpy as np

@@ -1,8 +1,9 @@
 """The network: its parameters, layers, initial weights and parts."""
 
 import model
-from model import NetworkConfig, build_excitations, build_network, kernel_initializer
+from model import build_excitations, build_network, kernel_initializer
 from toolkit.errors import UsageError
+from toolkit.models.config import BLOCKS, NetworkConfig
 
 import h5py
 import numpy as np
@@ -125,7 +126,7 @@ def test_normalization_and_dropout(full_size):
     assert rates == expected
 
 
-@pytest.mark.parametrize("block", model.BLOCKS)
+@pytest.mark.parametrize("block", BLOCKS)
 def test_he_initial_weights(block):
     network = build_network(NetworkConfig(block=block, init_features=32, alpha=4, initializer="he"))
     for layer in layers_of(network, "Conv1D", "Dense"):

@@ -18,6 +18,8 @@ from toolkit.errors import AudioError, UsageError
 import numpy as np
 
 DECODERS = ("av", "madmom")
+SAMPLE_RATE = 22050  # Hz, of the published program
+SAMPLES_PER_SEGMENT = 59049  # 3^10: 2.68 s at 22,050 Hz
 # MagnaTagATune's clips are 29.1 s long; the published program reads 29 s of each.
 CLIP_SECONDS = 29.0
 
@@ -32,7 +34,7 @@ _GATHERED_SAMPLES = 1 << 16
 
 def decode(
     path: str | Path,
-    sample_rate: int = 22050,
+    sample_rate: int = SAMPLE_RATE,
     stop: float | None = CLIP_SECONDS,
     decoder: str = "av",
 ) -> np.ndarray:
@@ -66,7 +68,7 @@ def decode(
 
 def decode_pieces(
     path: str | Path,
-    sample_rate: int = 22050,
+    sample_rate: int = SAMPLE_RATE,
     stop: float | None = CLIP_SECONDS,
     decoder: str = "av",
 ) -> Iterator[np.ndarray]:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit import cli
+from toolkit import backend, cli, messages
 from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.data.audio import SAMPLE_RATE
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.files import replaced_whole
 from toolkit.models.exports import FORMS, export
@@ -39,7 +40,6 @@ _DESCRIPTION_FORMAT = 1
 _WEIGHTS_NAME = "model.weights.h5"
 
 # The published models' rate; .hdf5 files do not say theirs.
-_PUBLISHED_SAMPLE_RATE = 22050
 _MAX_ARRAY_BYTES = 2**31
 _MAX_DESCRIPTION_BYTES = 2**24
 _MAX_OBJECTS = 100_000
@@ -75,7 +75,7 @@ class Checkpoint:
     network: "keras.Model"
     config: "NetworkConfig"
     tags: tuple[str, ...]
-    sample_rate: int = _PUBLISHED_SAMPLE_RATE
+    sample_rate: int = SAMPLE_RATE
     training: dict = field(default_factory=dict)
 
 
@@ -531,12 +531,12 @@ def _convert(arguments: argparse.Namespace) -> None:
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
     cli.check_model(arguments.model_path)
-    cli.import_keras()
+    backend.import_keras()
     checkpoint = load(arguments.model_path)
     config = checkpoint.config
-    cli.say(
+    messages.say(
         f"{arguments.model_path}: {config.block} blocks{', multi-level' if config.multi else ''}, "
-        f"{cli.count(config.init_features, 'feature')}, {cli.count(config.num_tags, 'tag')}"
+        f"{messages.count(config.init_features, 'feature')}, {messages.count(config.num_tags, 'tag')}"
     )
     compared = ""
     if output.suffix == ".keras":
@@ -544,7 +544,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     else:
         difference = export(output, checkpoint)
         compared = f", differs from the network by at most {difference:.1e}"
-    cli.say(f"{output}: {cli.size_on_disk(output)}{compared}")
+    messages.say(f"{output}: {messages.size_on_disk(output)}{compared}")
 
 
 if __name__ == "__main__":

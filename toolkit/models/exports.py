@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit import cli
+from toolkit import backend, messages
 from toolkit.errors import ExportError, UsageError
 from toolkit.files import write_atomically
 
@@ -115,7 +115,7 @@ def _difference(
 
 def _export_onnx(path: Path, checkpoint: "Checkpoint") -> float:
     try:
-        cli.import_quietly("onnx", "onnxruntime")
+        backend.import_quietly("onnx", "onnxruntime")
     except ImportError as error:
         raise _missing(path, error) from None
     import onnxruntime
@@ -123,8 +123,8 @@ def _export_onnx(path: Path, checkpoint: "Checkpoint") -> float:
     num_bytes = sum(weight.nbytes for weight in checkpoint.network.get_weights())
     if num_bytes > _MAX_PROTOBUF_BYTES:
         raise ExportError(
-            f"{path}: not written: {cli.size(num_bytes)} of weights, ONNX takes "
-            f"{cli.size(_MAX_PROTOBUF_BYTES)}"
+            f"{path}: not written: {messages.size(num_bytes)} of weights, ONNX takes "
+            f"{messages.size(_MAX_PROTOBUF_BYTES)}"
         )
     content = build_onnx(checkpoint).SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -302,7 +302,7 @@ def _export_savedmodel(path: Path, checkpoint: "Checkpoint") -> float:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with cli.chatter_held():
+        with backend.stderr_held():
             _save_signature(temporary, checkpoint)
             serve = tf.saved_model.load(temporary).signatures["serving_default"]
             largest = _difference(
@@ -344,13 +344,13 @@ def _replace_folder(temporary: Path, path: Path) -> None:
 def _export_litert(path: Path, checkpoint: "Checkpoint") -> float:
     _check_backend(path)
     try:
-        cli.import_quietly("ai_edge_litert.interpreter")
+        backend.import_quietly("ai_edge_litert.interpreter")
     except ImportError as error:
         raise _missing(path, error) from None
     import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 
-    with tempfile.TemporaryDirectory() as folder, cli.chatter_held():
+    with tempfile.TemporaryDirectory() as folder, backend.stderr_held():
         _save_signature(Path(folder), checkpoint)
         file = io.BytesIO(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
         # LiteRT reads no further than its own part, before which zip archives need nothing.

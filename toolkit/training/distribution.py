@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toolkit import cli
+from toolkit import messages
 from toolkit.errors import ToolkitError, TrainingError, UsageError
 
 import numpy as np
@@ -82,7 +82,7 @@ class Job:
     def say(self, message: str) -> None:
         """Talk, in the first process."""
         if self.is_first:
-            cli.say(message)
+            messages.say(message)
 
     def share(self, batch_size: int) -> slice:
         """Give this process's rows of a batch."""

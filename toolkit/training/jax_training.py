@@ -9,7 +9,7 @@ of several hosts perhaps, share each batch out among them.
 from collections.abc import Callable, Iterator
 
 from input_data import INT16_SCALE, SegmentReader
-from toolkit import cli
+from toolkit import messages
 from toolkit.training.distribution import BATCH_AXIS, Job
 
 import jax
@@ -278,7 +278,9 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     place = jax.jit(place, donate_argnums=0, out_shardings=everywhere)
     order = np.arange(num_rows)
     start = 0
-    with cli.progress(total=num_rows, unit="segment", desc="to the device", leave=False) as bar:
+    with messages.progress(
+        total=num_rows, unit="segment", desc="to the device", leave=False
+    ) as bar:
         for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False):
             if is_int16:
                 x = (x * INT16_SCALE).astype(np.int16)  # as they were

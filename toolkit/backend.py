@@ -1,0 +1,89 @@
+"""Keras and its backend: which one, imported quietly, and on which device it runs."""
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from toolkit.errors import UsageError
+
+# Keras's backends, and the requirements file that installs each.
+_BACKENDS = {
+    "tensorflow": "requirements.txt",
+    "jax": "requirements/backends.txt",
+    "torch": "requirements/backends.txt",
+}
+
+
+def import_keras() -> None:
+    """Import Keras and its backend without their log output.
+
+    Raises
+    ------
+    UsageError
+        The backend is unknown or not installed.
+    """
+    backend = os.environ.get("KERAS_BACKEND") or _configured_backend()
+    if backend not in _BACKENDS:
+        raise UsageError(f"KERAS_BACKEND={backend}: expected one of {', '.join(_BACKENDS)}")
+    if importlib.util.find_spec(backend) is None:
+        raise UsageError(
+            f"{backend}, the selected Keras backend, is not installed: python -m pip install -r "
+            f"{_BACKENDS[backend]}, or select another with KERAS_BACKEND ({', '.join(_BACKENDS)})"
+        )
+    import_quietly("keras")
+
+
+def _configured_backend() -> str:
+    """Return the backend of Keras's own configuration file, or TensorFlow."""
+    folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
+    try:
+        return json.loads((folder / "keras.json").read_text())["backend"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "tensorflow"
+
+
+def import_quietly(*modules: str) -> None:
+    """Import libraries without log output that a user cannot act on.
+
+    Parameters
+    ----------
+    *modules : str
+        Names of modules that log while they are first imported, such as ``keras``.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    # TensorFlow warns of retracing for the best checkpoint of each stage, which is intended.
+    for name in ("absl", "tensorflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with stderr_held():
+        for module in modules:
+            importlib.import_module(module)
+
+
+@contextmanager
+def stderr_held() -> Iterator[None]:
+    """Discard what libraries write to stderr; print it only if an exception is raised."""
+    # TensorFlow's C++ code writes to the file descriptor before it reads any setting.
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)

@@ -1,0 +1,73 @@
+"""The hyper-parameters of a network, as options of the command line and fields of model files."""
+
+from dataclasses import asdict, dataclass
+
+from toolkit import cli
+from toolkit.cli import option
+from toolkit.data.audio import SAMPLES_PER_SEGMENT
+from toolkit.errors import UsageError
+
+BLOCKS = ("se", "rese", "res", "basic")
+INITIALIZERS = ("published", "he")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Which network of the paper to build."""
+
+    block: str = option("se", "building block", group="network", choices=BLOCKS)
+    multi: bool = option(
+        True, "aggregate only the last block instead of the last three",
+        group="network", flag="--no-multi",
+    )  # fmt: skip
+    alpha: float = option(
+        16.0, "width of an SE block's hidden layer relative to its input",
+        group="network", type=cli.positive_float, metavar="A",
+    )  # fmt: skip
+    init_features: int = option(
+        128, "features of the first convolution; the blocks have 1, 2 and 4 times as many",
+        group="network", type=cli.positive_int, metavar="N",
+    )  # fmt: skip
+    initializer: str = option(
+        "published", "initial weights of the convolutions: the published program's, which are "
+        "smaller and train better, or he_uniform (see model.kernel_initializer)",
+        group="network", choices=INITIALIZERS,
+    )  # fmt: skip
+    dropout: float = option(
+        0.5, "dropout rate before the output layer", group="network", type=cli.rate, metavar="DO"
+    )
+    weight_decay: float = option(
+        0.0, "L2 penalty of the convolution kernels",
+        group="network", type=cli.non_negative_float, metavar="WD",
+    )  # fmt: skip
+    # Taken from the dataset, not from options.
+    num_tags: int = 50
+    num_samples: int = SAMPLES_PER_SEGMENT
+
+    def __post_init__(self):
+        if self.block not in BLOCKS:
+            raise UsageError(f"block must be one of {', '.join(BLOCKS)}. Received: {self.block!r}")
+        if self.initializer not in INITIALIZERS:
+            raise UsageError(
+                f"initializer must be one of {', '.join(INITIALIZERS)}. "
+                f"Received: {self.initializer!r}"
+            )
+        if self.num_samples < SAMPLES_PER_SEGMENT:
+            raise UsageError(
+                f"segments must have at least {SAMPLES_PER_SEGMENT} samples, which ten reductions "
+                f"by 3 need. Received: {self.num_samples}"
+            )
+        if self.has_excitations and self.init_features * self.alpha < 1:
+            raise UsageError(
+                f"alpha times the {self.init_features} initial features must be at least 1. "
+                f"Received: alpha {self.alpha}"
+            )
+
+    @property
+    def has_excitations(self) -> bool:
+        """Whether the blocks contain squeeze and excitation."""
+        return self.block in ("se", "rese")
+
+    def to_json(self) -> dict:
+        """Return the fields as a JSON-serialisable dict."""
+        return asdict(self)

@@ -1,0 +1,49 @@
+"""SIGINT and SIGTERM: stop at the next safe point, so that no work is lost."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from toolkit.errors import Interrupted
+
+
+class StopRequest:
+    """Records the signal that asked the program to stop."""
+
+    def __init__(self):
+        self.signal_number: int | None = None
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has arrived."""
+        if self.signal_number is not None:
+            raise Interrupted(
+                f"stopped by {signal.Signals(self.signal_number).name}: run the same command "
+                "again to resume",
+                self.signal_number,
+            )
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Record SIGINT and SIGTERM for `StopRequest.check`; a second signal ends the program at once.
+
+    An exception raised by a signal handler could leave locks held and files half written, so the
+    work calls ``check`` where it is safe to stop.
+    """
+    stop = StopRequest()
+
+    def record(number, _):
+        stop.signal_number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    earlier = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                earlier[number] = signal.signal(number, record)
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
