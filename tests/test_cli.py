@@ -1,28 +1,25 @@
-"""What scripts share: help, types of arguments, one line an error, progress wherever it is read."""
+"""What scripts share: options and their help, argument types, errors and exit status."""
 
 import argparse
-import importlib.util
+import dataclasses
+import importlib
 import os
-import pty
 import re
 import shlex
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
-from toolkit import backend, cli, errors, messages
+from toolkit import cli, errors
 from toolkit.errors import AudioError, BuildError, Interrupted, ShardError, ToolkitError, UsageError
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(
-    path.name
-    for path in ROOT.glob("*.py")
+    str(path.relative_to(ROOT))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
     if "def build_parser" in path.read_text(encoding="utf-8")
 )
 
@@ -91,8 +88,8 @@ class ResourceExhaustedError(Exception):
 )
 def test_no_memory_is_one_line_that_says_what_to_lower(capsys, error):
     for option, words in {
-        "--batch-size": "out of memory: a smaller --batch-size (now 23) may help",
-        "--num-workers": "out of memory: a lower --num-workers (now 23) may help",
+        "--batch-size": "out of memory: try a smaller --batch-size (now 23)",
+        "--num-workers": "out of memory: try a smaller --num-workers (now 23)",
     }.items():
         parser = new_parser()
         parser.add_argument(option, type=int, default=23)
@@ -113,7 +110,7 @@ def test_no_memory_is_one_line_that_says_what_to_lower(capsys, error):
 def test_the_backends_own_errors_of_memory_are_told(module, use):
     pytest.importorskip(module)
     program = (
-        "import sys, cli\n"
+        "import sys\nfrom toolkit import backend, cli\n"
         "def stage(arguments):\n"
         f"    backend.import_quietly({module!r})\n"
         f"    {use}\n"
@@ -130,7 +127,7 @@ def test_the_backends_own_errors_of_memory_are_told(module, use):
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     *talk, last = done.stderr.splitlines()
-    assert last == "thing.py: error: out of memory: a smaller --batch-size (now 8) may help"
+    assert last == "thing.py: error: out of memory: try a smaller --batch-size (now 8)"
     assert not any("Traceback" in line for line in talk)
 
 
@@ -156,7 +153,7 @@ def test_bugs_are_not_hidden():
 
 def test_reader_that_left_is_no_complaint():
     program = (
-        "import sys, cli\n"
+        "import sys\nfrom toolkit import backend, cli\n"
         "def stage(arguments):\n"
         "    while True: print('data', flush=True)\n"
         "sys.exit(cli.run(stage, cli.add_general(cli.new_parser('', '')).parse_args()))\n"
@@ -173,107 +170,75 @@ def test_reader_that_left_is_no_complaint():
     assert process.wait(timeout=20) == 1
 
 
+def module_name(script):
+    return script.removesuffix(".py").replace("/", ".")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_has_groups_defaults_and_examples_that_parse(script):
+def test_help_has_groups_and_examples_that_parse(script):
+    name = module_name(script)
+    command = ["-m", name] if "/" in script else [script]
     shown = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (shown.returncode, shown.stderr) == (0, "")
     options, examples = shown.stdout.split("\nexamples:\n")
-    commands = [shlex.split(line.partition(">")[0]) for line in examples.splitlines()]
-    assert len(commands) >= 2
-    parser = importlib.import_module(Path(script).stem).build_parser()
-    for command in commands:
-        assert command[:2] == ["python", script]
+    examples = [shlex.split(line.partition(">")[0]) for line in examples.splitlines()]
+    assert examples
+    parser = importlib.import_module(name).build_parser()
+    for words in examples:
+        assert words[: 1 + len(command)] == ["python", *command]
         try:
-            parser.parse_args(command[2:])
+            parser.parse_args(words[1 + len(command) :])
         except SystemExit:
-            pytest.fail(f"{script} --help: {shlex.join(command)}: does not take these options")
-
-    # argparse's own groups, which stand where nobody named one.
+            pytest.fail(f"{script} --help: {shlex.join(words)}: these options are not accepted")
+    # argparse's own groups contain what no group was named for.
     titles = re.findall(r"^(\S.*):$", options, re.MULTILINE)
     assert not {"options", "optional arguments", "positional arguments"} & set(titles)
     assert titles[-1] == "general" and len(titles) >= 2
+
+
+def parsers(parser):
+    """Yield a parser and those of its subcommands."""
+    yield parser
     for action in parser._actions:
-        if action.option_strings and action.dest != "help":
-            words = "required" if action.required else "(default: "
-            assert words in action.help, f"{script}: {action.option_strings[0]}"
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from parsers(each)
 
 
-def on_terminal(command, variables):
-    """Run a Python command with a terminal for all it writes; give the bytes."""
-    environment = {name: os.environ[name] for name in os.environ if "COLOR" not in name}
-    controller, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment | {"TERM": "xterm"} | variables,
-        stdin=terminal, stdout=terminal, stderr=terminal,
-    )  # fmt: skip
-    os.close(terminal)
-    written = b""
-    while True:
-        try:
-            read = os.read(controller, 65536)
-        except OSError:  # Linux's way to say that the other end is closed
-            read = b""
-        if not read:
-            break
-        written += read
-    os.close(controller)
-    assert process.wait(timeout=60) == 0, written
-    return written
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_default_of_every_option(script):
+    for parser in parsers(importlib.import_module(module_name(script)).build_parser()):
+        for action in parser._actions:
+            if not action.option_strings or action.dest == "help" or action.required:
+                continue
+            shown = re.search(r"\(default: (.*)\)$", action.help % vars(action))
+            assert shown, f"{script} {action.option_strings[0]}: no default in {action.help!r}"
+            if action.nargs == 0:
+                assert shown[1] == "off"
+            elif isinstance(action.default, str | int | float):
+                value = action.default
+                assert shown[1] == (f"{value:g}" if isinstance(value, float) else str(value))
 
 
-PROGRESS = """
-import sys, cli
-for number in messages.progress(range(3), mininterval=0, desc="trying"):
-    messages.say(f"at {number}")
-"""
-COLOURS = re.compile(rb"\x1b\[[0-9;]*m")
+@dataclasses.dataclass
+class Options:
+    width: float = cli.option(0.5, "width", group="shape", type=float, metavar="W")
+    kind: str | None = cli.option(None, "kind", group="shape", choices=("a", "b"))
+    smooth: bool = cli.option(True, "leave edges sharp", group="shape", flag="--sharp")
+    measured: int = 3  # not an option
 
 
-@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TQDM_COLOUR": "green"}])
-def test_progress_has_no_colours_on_a_terminal_and_no_escape_codes_elsewhere(variables):
-    written = on_terminal(["-c", PROGRESS], variables)
-    assert b"\rtrying: 100%|\xe2\x96\x88" in written  # a bar, of blocks
-    assert b"at 1\r\n" in written
-    assert not COLOURS.search(written)
-
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRESS], cwd=ROOT, env=os.environ | variables,
-        capture_output=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout == b""
-    assert b"at 1\n" in done.stderr and b"trying: 100%" in done.stderr
-    assert b"\x1b" not in done.stderr and b"\r" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TQDM_COLOUR": "green"}])
-def test_a_script_on_a_terminal_shows_a_bar_without_colours(tmp_path, variables):
-    out = tmp_path / "dataset"
-    command = ["-m", "tools.make_demo_dataset", "--clips", "16", "--out", str(out)]
-    written = on_terminal(command, variables)
-    assert b"\rsynthesising:" in written and b"16/16" in written
-    last = written.decode().splitlines()[-1]
-    assert re.search(r"dataset: 16 clips of 29 s with \d+ tags, 1\.9 MB$", last), last
-    assert not COLOURS.search(written)
-
-
-@pytest.mark.slow
-def test_progress_in_a_notebook_is_one_line_that_is_drawn_again():
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    cell = nbformat.v4.new_code_cell(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PROGRESS}")
-    notebook = nbformat.v4.new_notebook(cells=[cell])
-    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
-    outputs = notebook.cells[0].outputs
-    assert {output.name for output in outputs} == {"stderr"}
-    text = "".join(output.text for output in outputs)
-    assert "\rtrying: 100%|██████████| 3/3" in text
-    assert "at 1\n" in text and text.count("\n") == 4  # three that were said, and the bar's end
-    assert "\x1b" not in text
+def test_options_are_declared_once():
+    parser = new_parser()
+    cli.add_options(parser, Options)
+    assert cli.read_options(Options, parser.parse_args([])) == Options()
+    arguments = parser.parse_args(["--width", "2", "--kind", "b", "--sharp"])
+    assert cli.read_options(Options, arguments) == Options(2.0, "b", False)
+    shown = parser.format_help()
+    for line in ("shape:", "width (default: 0.5)", "kind (default: none)", "sharp (default: off)"):
+        assert line in shown
 
 
 @pytest.mark.parametrize(
@@ -301,151 +266,3 @@ def test_argument_types(capsys, kind, good, bad):
             parser.parse_args([f"--number={text}"])
         assert caught.value.code == 2
         assert f"argument --number: {text!r} is not" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (0, "under 1 s"), (0.99, "under 1 s"), (1, "1 s"), (8.4, "8 s"), (59.4, "59 s"),
-        (59.6, "1 min"), (185, "3 min 5 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h"),
-        (7423, "2 h 4 min"), (7199.9, "2 h"), (4_000_000, "1,111 h 7 min"),
-    ],
-)  # fmt: skip
-def test_durations(seconds, said):
-    assert messages.duration(seconds) == said
-
-
-@given(st.floats(1, 1e9))
-def test_a_duration_says_about_as_long_as_it_is(seconds):
-    said = messages.duration(seconds)
-    parts = re.fullmatch(r"(?:([\d,]+) h)? ?(?:(\d+) min)? ?(?:(\d+) s)?", said)
-    hours, minutes, rest = (int((part or "0").replace(",", "")) for part in parts.groups())
-    assert minutes < 60 and rest < 60 and not (hours and rest)
-    assert abs(3600 * hours + 60 * minutes + rest - seconds) <= (30 if hours else 0.5)
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "said"),
-    [
-        (0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (9_949, "9.9 kB"),
-        (9_951, "10 kB"), (999_499, "999 kB"), (999_501, "1.0 MB"), (49_863_329_844, "50 GB"),
-        (999_600_000_000, "1.0 TB"), (12_345 * 10**12, "12,345.0 TB"),
-    ],
-)  # fmt: skip
-def test_sizes(num_bytes, said):
-    assert messages.size(num_bytes) == said
-
-
-@given(st.integers(0, 10**18))
-def test_a_size_says_two_digits_or_more_of_what_it_is(num_bytes):
-    number, unit = messages.size(num_bytes).split()
-    factor = {"byte": 1, "bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
-    value = float(number.replace(",", ""))
-    assert abs(value * factor - num_bytes) <= 0.05001 * num_bytes
-    assert value < 1000 or unit == "TB"
-
-
-def test_the_size_of_files_and_folders(tmp_path):
-    (tmp_path / "folder" / "deep").mkdir(parents=True)
-    (tmp_path / "folder" / "a").write_bytes(bytes(1500))
-    (tmp_path / "folder" / "deep" / "b").write_bytes(bytes(1000))
-    (tmp_path / "c").write_bytes(bytes(5))
-    assert messages.size_on_disk(tmp_path / "c") == "5 bytes"
-    assert messages.size_on_disk(tmp_path / "folder") == "2.5 kB"
-    assert messages.size_on_disk(tmp_path / "folder", str(tmp_path / "c")) == "2.5 kB"
-    assert messages.size_on_disk() == "0 bytes"
-
-
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(0, "0 clips"), (1, "1 clip"), (2, "2 clips"), (152_500, "152,500 clips")],
-)
-def test_counts(number, said):
-    assert messages.count(number, "clip") == said
-
-
-def write_module(folder, name, body):
-    (folder / f"{name}.py").write_text(body)
-
-
-def test_import_quietly_swallows_chatter_but_not_failures(tmp_path, monkeypatch, capfd):
-    monkeypatch.syspath_prepend(tmp_path)
-    write_module(tmp_path, "chatty_module", "import os\nos.write(2, b'chatter\\n')\n")
-    write_module(tmp_path, "broken_module", "import os\nos.write(2, b'why\\n')\nraise ImportError")
-    backend.import_quietly("chatty_module")
-    assert "chatty_module" in sys.modules
-    assert capfd.readouterr().err == ""
-    with pytest.raises(ImportError):
-        backend.import_quietly("broken_module")
-    assert capfd.readouterr().err == "why\n"
-    os.write(2, b"still there\n")
-    assert capfd.readouterr().err == "still there\n"
-
-
-def test_progress_in_a_log_is_a_line_now_and_then(capsys):
-    with messages.progress(total=10, initial=4, mininterval=0, unit="clip") as bar:
-        assert capsys.readouterr() == ("", "")
-        bar.update(3)
-        bar.update(3)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "7/10" in err.splitlines()[0]
-    assert "10/10" in err.splitlines()[-1]
-    assert "\r" not in err
-    with messages.progress(range(100)) as bar:
-        assert list(bar) == list(range(100))
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_backend_that_cannot_be_had_is_one_line(monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "nonsense")
-    with pytest.raises(UsageError, match=r"^KERAS_BACKEND=nonsense: .*tensorflow, jax, torch$"):
-        backend.import_keras()
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"^jax, .*-r requirements/backends.txt, or name another"):
-        backend.import_keras()
-
-
-def test_a_script_says_a_wrong_backend_in_one_line(golden):
-    model = golden / "checkpoints" / "basic-multi.hdf5"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "eval.py"), str(model), "--data-dir", str(golden)],
-        env=os.environ | {"KERAS_BACKEND": "nonsense"}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "eval.py: error: KERAS_BACKEND=nonsense: expected one of tensorflow, jax, torch\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("backend", "requirements"),
-    [
-        (None, "requirements.txt"),
-        ("tensorflow", "requirements.txt"),
-        ("torch", "requirements/backends.txt"),
-    ],
-)
-def test_a_missing_backend_is_named_with_its_requirements(
-    tmp_path, monkeypatch, backend, requirements
-):
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))  # where no settings are
-    monkeypatch.delenv("KERAS_BACKEND", raising=False)
-    if backend:
-        monkeypatch.setenv("KERAS_BACKEND", backend)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError) as caught:
-        backend.import_keras()
-    assert str(caught.value).startswith(f"{backend or 'tensorflow'}, Keras's backend here, is not ")
-    assert f"pip install -r {requirements}, " in str(caught.value)
-    assert (ROOT / requirements).is_file()
-
-
-def test_the_backend_of_keras_own_settings_is_heeded(tmp_path, monkeypatch):
-    (tmp_path / "keras.json").write_text('{"backend": "jax"}')
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    monkeypatch.setenv("KERAS_BACKEND", "")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"^jax, Keras's backend here, is not installed"):
-        backend.import_keras()

@@ -65,7 +65,8 @@ def add_options(parser: argparse.ArgumentParser, *options_classes: type) -> None
             metadata["action"] = "store_false" if field.default else "store_true"
             shown = "off"
         else:
-            shown = "none" if field.default is None else f"{field.default}"
+            shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
+            shown = "none" if field.default is None else shown
         metadata["help"] += f" (default: {shown})"
         groups[title].add_argument(
             flag or f"--{field.name.replace('_', '-')}",
@@ -82,12 +83,12 @@ def read_options(options_class: type, arguments: argparse.Namespace):
 
 
 def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """Make a parser with the look that every script has; `add_general` completes it.
+    """Create a parser in the style of all scripts; `add_general` completes it.
 
     Parameters
     ----------
     description : str
-        What the script does, in a sentence or two.
+        What the script does, in one or two sentences.
     examples : str
         Commands that work as typed, shown at the end of ``--help``.
     """
@@ -100,10 +101,10 @@ def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 def add_general(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add ``--help`` and ``--verbose``, a group that stands last, and give the parser back."""
+    """Add ``--help`` and ``--verbose`` as the last group and return the parser."""
     add = parser.add_argument_group("general").add_argument
-    add("-h", "--help", action="help", help="show this help and end")
-    add("--verbose", action="store_true", help="on an error, show the traceback too (default: off)")
+    add("-h", "--help", action="help", help="show this help and exit")
+    add("--verbose", action="store_true", help="show the traceback of an error (default: off)")
     return parser
 
 
@@ -113,16 +114,16 @@ def add_model(
     what: str = "a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint",
     **options,
 ) -> None:
-    """Add the model to read, a positional argument; `check_model` looks whether it is there.
+    """Add the positional argument for a model; `check_model` verifies that it exists.
 
     Parameters
     ----------
     group : argparse group
-        Where.
+        Group to add to.
     name : str
-        Of the attribute.
+        Name of the attribute.
     what : str
-        Its help line.
+        Help line.
     **options
         As for ``add_argument``.
     """
@@ -130,7 +131,7 @@ def add_model(
 
 
 def check_model(path: str | Path) -> None:
-    """Refuse a model that is not there, before the slow imports.
+    """Check that a model exists, before the slow imports.
 
     Raises
     ------
@@ -142,7 +143,7 @@ def check_model(path: str | Path) -> None:
 
 
 def add_data_dir(
-    group: argparse._ArgumentGroup, what: str = "folder of the dataset, which holds tfrecord/"
+    group: argparse._ArgumentGroup, what: str = "folder of the dataset, which contains tfrecord/"
 ) -> None:
     """Add ``--data-dir``; `what` is its help line without the default."""
     group.add_argument(
@@ -157,7 +158,7 @@ def add_batch_size(group: argparse._ArgumentGroup, default: int) -> None:
         metavar="N",
         type=positive_int,
         default=default,
-        help=f"segments a batch (default: {default})",
+        help=f"segments per batch (default: {default})",
     )
 
 
@@ -200,7 +201,7 @@ def seconds_or_none(text: str) -> float | None:
 
 
 def rate(text: str) -> float:
-    """Parse a share in [0, 1), such as a dropout rate or a momentum."""
+    """Parse a rate in [0, 1), such as a dropout rate or a momentum."""
     return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
@@ -223,19 +224,19 @@ def _number(kind: type, text: str, is_valid: Callable, wanted: str):
 
 
 def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
-    """Run a stage and turn its errors into one line and an exit status.
+    """Run a stage; turn its errors into one line on stderr and an exit status.
 
     Parameters
     ----------
     stage : callable
-        Takes the parsed arguments, returns an exit status or None for success.
+        Takes the parsed arguments; returns an exit status, or None for success.
     arguments : argparse.Namespace
-        The parsed command line.
+        Parsed command line.
 
     Returns
     -------
     int
-        0 for success, 2 for usage errors, 1 for the rest, 128 + n after signal n.
+        0 for success, 2 for usage errors, 128 + n after signal n, 1 for other errors.
     """
     try:
         return stage(arguments) or 0
@@ -244,8 +245,8 @@ def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.N
     except KeyboardInterrupt as error:
         return _report(error, "interrupted", 130, arguments.verbose)
     except BrokenPipeError:
-        # The reader of our output (head, say) has left; that is its right. Standard output is
-        # pointed elsewhere so that the interpreter's last flush does not complain.
+        # The reader of our output, such as head, has exited. Redirect stdout so that the
+        # interpreter's final flush raises no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -253,11 +254,11 @@ def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.N
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        return _report(error, f"out of memory{_advice(arguments)}", 1, arguments.verbose)
+        return _report(error, f"out of memory{_memory_hint(arguments)}", 1, arguments.verbose)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Tell Python's and the backends' errors, each of a type of its own, by name and message."""
+    """Recognise out-of-memory errors of Python and the backends by type name and message."""
     if isinstance(error, MemoryError):
         return True
     if type(error).__name__ in ("ResourceExhaustedError", "OutOfMemoryError"):
@@ -265,19 +266,18 @@ def _is_out_of_memory(error: Exception) -> bool:
     return bool(_OUT_OF_MEMORY.search(str(error)))
 
 
-def _advice(arguments: argparse.Namespace) -> str:
-    for option in ("batch_size", "num_workers"):
-        if hasattr(arguments, option):
-            value = getattr(arguments, option)
+def _memory_hint(arguments: argparse.Namespace) -> str:
+    for name in ("batch_size", "num_workers"):
+        if hasattr(arguments, name):
+            value = getattr(arguments, name)
             now = "" if value is None else f" (now {value})"
-            less = "a smaller" if option == "batch_size" else "a lower"
-            return f": {less} --{option.replace('_', '-')}{now} may help"
+            return f": try a smaller --{name.replace('_', '-')}{now}"
     return ""
 
 
 def describe_os_error(error: OSError) -> str:
-    """Say an operating system's error in one line that names the file."""
-    # Libraries raise it with a message of their own, of several lines perhaps.
+    """Describe an error of the operating system in one line that names the file."""
+    # Libraries may raise OSError with only a message, sometimes of several lines.
     reason = error.strerror or str(next(iter(error.args), "")) or type(error).__name__
     reason = reason.strip().splitlines()[0]
     return f"{error.filename}: {reason}" if error.filename else reason

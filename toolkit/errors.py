@@ -1,24 +1,24 @@
-"""What can go wrong that a user can mend: one exception type per cause, with a one-line message.
+"""Errors that a user can fix: one exception type per cause, each with a one-line message.
 
-Scripts turn any of them into that line on standard error and an exit status (``cli.run``);
-everything else that is raised, but for what the operating system refuses, is a bug.
+`toolkit.cli.run` prints the message to stderr and sets the exit status. Any other exception is a
+bug, except for errors of the operating system.
 """
 
 
 class ToolkitError(Exception):
-    """Base of every error whose message is meant for the user."""
+    """Base class of errors whose message is for the user."""
 
     exit_status = 1
 
 
 class UsageError(ToolkitError):
-    """An option, or a combination of options, that cannot work."""
+    """An option, or a combination of options, is invalid."""
 
     exit_status = 2
 
 
 class AnnotationsError(ToolkitError):
-    """The table of clips and tags is missing or not what it should be."""
+    """The table of clips and tags is missing or invalid."""
 
 
 class AudioError(ToolkitError):
@@ -26,27 +26,27 @@ class AudioError(ToolkitError):
 
 
 class ShardError(ToolkitError):
-    """TFRecord shards are missing, damaged, or do not belong together."""
+    """TFRecord shards are missing, damaged or of different datasets."""
 
 
 class BuildError(ToolkitError):
-    """Building the shards could not go on."""
+    """Building shards failed."""
 
 
 class CheckpointError(ToolkitError):
-    """A model file cannot be read as one of our networks."""
+    """A model file cannot be read as one of the paper's networks."""
 
 
 class ExportError(ToolkitError):
-    """A model cannot be written in another program's form."""
+    """A model cannot be exported."""
 
 
 class TrainingError(ToolkitError):
-    """Training could not go on."""
+    """Training failed."""
 
 
 class Interrupted(ToolkitError):
-    """A signal asked the program to end; the exit status says which, as shells do."""
+    """A signal stopped the program; the exit status is 128 + its number, as in shells."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

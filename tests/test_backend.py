@@ -1,0 +1,67 @@
+"""Selecting and importing the Keras backend."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from toolkit import backend
+from toolkit.errors import UsageError
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_import_quietly_discards_log_output_but_not_failures(tmp_path, monkeypatch, capfd):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "chatty_module.py").write_text("import os\nos.write(2, b'chatter\\n')\n")
+    (tmp_path / "broken_module.py").write_text(
+        "import os\nos.write(2, b'why\\n')\nraise ImportError"
+    )
+    backend.import_quietly("chatty_module")
+    assert "chatty_module" in sys.modules
+    assert capfd.readouterr().err == ""
+    with pytest.raises(ImportError):
+        backend.import_quietly("broken_module")
+    assert capfd.readouterr().err == "why\n"
+    os.write(2, b"still there\n")
+    assert capfd.readouterr().err == "still there\n"
+
+
+def test_an_unknown_backend_is_one_line(golden):
+    model = golden / "checkpoints" / "basic-multi.hdf5"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), str(model), "--data-dir", str(golden)],
+        env=os.environ | {"KERAS_BACKEND": "nonsense"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "eval.py: error: KERAS_BACKEND=nonsense: expected one of tensorflow, jax, torch\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "settings", "missing", "requirements"),
+    [
+        (None, None, "tensorflow", "requirements.txt"),
+        ("torch", None, "torch", "requirements/backends.txt"),
+        ("", '{"backend": "jax"}', "jax", "requirements/backends.txt"),
+    ],
+)
+def test_a_missing_backend_is_named_with_its_requirements(
+    tmp_path, monkeypatch, variable, settings, missing, requirements
+):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    if settings:  # Keras's own configuration file
+        (tmp_path / "keras.json").write_text(settings)
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("KERAS_BACKEND", variable)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError) as caught:
+        backend.import_keras()
+    assert str(caught.value).startswith(f"{missing}, the selected Keras backend, is not installed")
+    assert f"pip install -r {requirements}, " in str(caught.value)
+    assert (ROOT / requirements).is_file()

@@ -1,0 +1,170 @@
+"""Progress bars on terminals, in logs and in notebooks; counts, durations and sizes."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from toolkit import messages
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_terminal(command, variables):
+    """Run a Python command with a terminal for all it writes; give the bytes."""
+    environment = {name: os.environ[name] for name in os.environ if "COLOR" not in name}
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment | {"TERM": "xterm"} | variables,
+        stdin=terminal, stdout=terminal, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    written = b""
+    while True:
+        try:
+            read = os.read(controller, 65536)
+        except OSError:  # Linux's way to say that the other end is closed
+            read = b""
+        if not read:
+            break
+        written += read
+    os.close(controller)
+    assert process.wait(timeout=60) == 0, written
+    return written
+
+
+PROGRESS = """
+import sys
+from toolkit import messages
+for number in messages.progress(range(3), mininterval=0, desc="trying"):
+    messages.say(f"at {number}")
+"""
+COLOURS = re.compile(rb"\x1b\[[0-9;]*m")
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TQDM_COLOUR": "green"}])
+def test_progress_has_no_colours_on_a_terminal_and_no_escape_codes_elsewhere(variables):
+    written = on_terminal(["-c", PROGRESS], variables)
+    assert b"\rtrying: 100%|\xe2\x96\x88" in written  # a bar, of blocks
+    assert b"at 1\r\n" in written
+    assert not COLOURS.search(written)
+
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRESS], cwd=ROOT, env=os.environ | variables,
+        capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == b""
+    assert b"at 1\n" in done.stderr and b"trying: 100%" in done.stderr
+    assert b"\x1b" not in done.stderr and b"\r" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TQDM_COLOUR": "green"}])
+def test_a_script_on_a_terminal_shows_a_bar_without_colours(tmp_path, variables):
+    out = tmp_path / "dataset"
+    command = ["-m", "tools.make_demo_dataset", "--clips", "16", "--out", str(out)]
+    written = on_terminal(command, variables)
+    assert b"\rsynthesising:" in written and b"16/16" in written
+    last = written.decode().splitlines()[-1]
+    assert re.search(r"dataset: 16 clips of 29 s with \d+ tags, 1\.9 MB$", last), last
+    assert not COLOURS.search(written)
+
+
+@pytest.mark.slow
+def test_progress_in_a_notebook_is_one_line_that_is_drawn_again():
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    cell = nbformat.v4.new_code_cell(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{PROGRESS}")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    assert {output.name for output in outputs} == {"stderr"}
+    text = "".join(output.text for output in outputs)
+    assert "\rtrying: 100%|██████████| 3/3" in text
+    assert "at 1\n" in text and text.count("\n") == 4  # three that were said, and the bar's end
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "under 1 s"), (0.99, "under 1 s"), (1, "1 s"), (8.4, "8 s"), (59.4, "59 s"),
+        (59.6, "1 min"), (185, "3 min 5 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h"),
+        (7423, "2 h 4 min"), (7199.9, "2 h"), (4_000_000, "1,111 h 7 min"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, said):
+    assert messages.duration(seconds) == said
+
+
+@given(st.floats(1, 1e9))
+def test_a_duration_says_about_as_long_as_it_is(seconds):
+    said = messages.duration(seconds)
+    parts = re.fullmatch(r"(?:([\d,]+) h)? ?(?:(\d+) min)? ?(?:(\d+) s)?", said)
+    hours, minutes, rest = (int((part or "0").replace(",", "")) for part in parts.groups())
+    assert minutes < 60 and rest < 60 and not (hours and rest)
+    assert abs(3600 * hours + 60 * minutes + rest - seconds) <= (30 if hours else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"),
+    [
+        (0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (9_949, "9.9 kB"),
+        (9_951, "10 kB"), (999_499, "999 kB"), (999_501, "1.0 MB"), (49_863_329_844, "50 GB"),
+        (999_600_000_000, "1.0 TB"), (12_345 * 10**12, "12,345.0 TB"),
+    ],
+)  # fmt: skip
+def test_sizes(num_bytes, said):
+    assert messages.size(num_bytes) == said
+
+
+@given(st.integers(0, 10**18))
+def test_a_size_says_two_digits_or_more_of_what_it_is(num_bytes):
+    number, unit = messages.size(num_bytes).split()
+    factor = {"byte": 1, "bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    value = float(number.replace(",", ""))
+    assert abs(value * factor - num_bytes) <= 0.05001 * num_bytes
+    assert value < 1000 or unit == "TB"
+
+
+def test_the_size_of_files_and_folders(tmp_path):
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "a").write_bytes(bytes(1500))
+    (tmp_path / "folder" / "deep" / "b").write_bytes(bytes(1000))
+    (tmp_path / "c").write_bytes(bytes(5))
+    assert messages.size_on_disk(tmp_path / "c") == "5 bytes"
+    assert messages.size_on_disk(tmp_path / "folder") == "2.5 kB"
+    assert messages.size_on_disk(tmp_path / "folder", str(tmp_path / "c")) == "2.5 kB"
+    assert messages.size_on_disk() == "0 bytes"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 clips"), (1, "1 clip"), (2, "2 clips"), (152_500, "152,500 clips")],
+)
+def test_counts(number, said):
+    assert messages.count(number, "clip") == said
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(capsys):
+    with messages.progress(total=10, initial=4, mininterval=0, unit="clip") as bar:
+        assert capsys.readouterr() == ("", "")
+        bar.update(3)
+        bar.update(3)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "7/10" in err.splitlines()[0]
+    assert "10/10" in err.splitlines()[-1]
+    assert "\r" not in err
+    with messages.progress(range(100)) as bar:
+        assert list(bar) == list(range(100))
+    assert capsys.readouterr() == ("", "")
