@@ -1,4 +1,4 @@
-"""The README's commands, options, files and links; and, marked slow, its demo as typed."""
+"""Commands, files and links of the README and docs; and, marked slow, the demo as typed."""
 
 import importlib
 import json
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = ("README.md", "docs/contributing.md")
-# What a block may need that a checkout with the demo lacks: the real dataset, one's own, or the
-# network.
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+# What a block may need beyond a checkout with the demo: the real dataset, the user's own data, or a
+# download.
 NEEDS = {"magnatagatune", "own_data", "download"}
 PROGRAMS = {"cat", "curl", "jupyter", "make", "mkdir", "mv", "python", "python3", "unzip", "."}
-# The slow test runs the demo's commands on fewer clips, a narrower network and one epoch a stage.
+# The slow test runs the demo's commands on fewer clips, a narrower network and one epoch per stage.
 # These are its only changes; each must occur in the README.
 SMALLER = {
     "--out demo/dataset": "--out demo/dataset --clips 32",
@@ -34,7 +34,7 @@ class Block:
     """A fenced block of a page."""
 
     language: str
-    needs: str  # '' where a checkout with the demo is enough
+    needs: str  # '' if a checkout with the demo is enough
     text: str
     line: int
 
@@ -72,12 +72,22 @@ def spans(page: str) -> list[str]:
     return [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
 
 
-def parser_of(script: str):
-    return importlib.import_module(Path(script).stem).build_parser()
+def script_call(words: list[str]) -> tuple[str, list[str]] | None:
+    """Split `python SCRIPT.py ...` or `python -m tools.NAME ...` into module and arguments."""
+    if words[:2] == ["python", "-m"] and len(words) > 2 and words[2].startswith("tools."):
+        return words[2], words[3:]
+    if len(words) > 1 and words[0] == "python" and words[1].endswith(".py"):
+        return words[1].removesuffix(".py"), words[2:]
+    return None
 
 
-def is_script(words: list[str]) -> bool:
-    return len(words) > 1 and words[0] == "python" and words[1].endswith(".py")
+def script_modules() -> list[str]:
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in paths
+        if "def build_parser" in path.read_text(encoding="utf-8")
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -92,10 +102,10 @@ def test_every_fence_is_closed_and_every_mark_is_known_and_stands_before_a_block
 
 
 def test_the_readme_has_commands_of_every_stage():
-    scripts = {words[1] for words in shell_commands("README.md") if is_script(words)}
-    assert scripts == {
-        "make_demo_dataset.py", "build_mtt.py", "train.py", "eval.py", "extract_excitations.py",
-        "tag.py", "checkpoints.py",
+    calls = [script_call(words) for words in shell_commands("README.md")]
+    assert {call[0] for call in calls if call} == {
+        "tools.make_demo_dataset", "build_mtt", "train", "eval", "extract_excitations", "tag",
+        "tools.convert_model",
     }  # fmt: skip
 
 
@@ -111,39 +121,31 @@ def test_programs_and_files_that_commands_name_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_of_commands_are_those_of_their_scripts(page):
-    in_prose = [shlex.split(span) for span in spans(page) if re.match(r"python \w+\.py\b", span)]
+    in_prose = [shlex.split(span) for span in spans(page) if span.startswith("python ")]
     for words in shell_commands(page) + in_prose:
-        if is_script(words):
+        if call := script_call(words):
             try:
-                parser_of(words[1]).parse_args(words[2:])
+                importlib.import_module(call[0]).build_parser().parse_args(call[1])
             except SystemExit:
-                pytest.fail(f"{page}: {shlex.join(words)}: {words[1]} does not take these options")
+                pytest.fail(f"{page}: {shlex.join(words)}: these options are not accepted")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_named_in_prose_belong_to_a_script(page):
     known = set()
-    for script in ROOT.glob("*.py"):
-        if "def build_parser" in script.read_text(encoding="utf-8"):
-            known.update(parser_of(script.name)._option_string_actions)
+    for module in script_modules():
+        known.update(importlib.import_module(module).build_parser()._option_string_actions)
     ours = [span for span in spans(page) if span.startswith("--") or ".py " in span]
     named = {option for span in ours for option in re.findall(r"(?<!\S)--[a-z-]+", span)}
-    assert named
     assert named <= known
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_scripts_and_modules_named_in_prose_exist(page):
+def test_files_named_in_prose_exist(page):
     for span in spans(page):
-        for name in re.findall(r"(?<!\S)[a-z_/]+\.(?:py|ipynb)(?!\S)", span):
-            if name.startswith("demo/"):
-                continue  # made by the demo, not part of a checkout
-            assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
-
-
-def test_the_layout_lists_every_script_and_module():
-    listed = set(spans("docs/contributing.md"))
-    assert {path.name for path in ROOT.glob("*.py")} <= listed
+        for name in re.findall(r"(?<!\S)[a-z0-9_/]+\.(?:py|ipynb|md)(?!\S)", span):
+            if not name.startswith("demo/"):  # made by the demo, not part of a checkout
+                assert [*ROOT.glob(f"**/{name}")], name
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -159,7 +161,6 @@ def test_make_targets_exist(page):
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text)
-    assert links
     for link in links:
         if link.startswith("https://"):
             continue
@@ -192,7 +193,7 @@ def test_the_demo_typed_by_hand_is_that_of_make(tmp_path):
 
 
 def demo_blocks() -> list[Block]:
-    """The README's blocks that run in a checkout with the demo, or make it, in order."""
+    """The README's blocks that make the demo or need only a checkout with the demo, in order."""
     return [
         block
         for block in blocks("README.md")
@@ -208,7 +209,7 @@ def test_the_demo_runs_as_typed(tmp_path):
     checkout = tmp_path / "checkout"
     left_out = (".git", ".venv", ".*_cache", "__pycache__", "demo", "dataset", "log", "report")
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*left_out))
-    # What an activated environment does, with the one that runs this test.
+    # As in an activated environment.
     programs = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("KERAS_BACKEND", None)
@@ -226,7 +227,7 @@ def test_the_demo_runs_as_typed(tmp_path):
         said += ran.stdout + ran.stderr
         assert ran.returncode == 0, f"README.md, line {block.line}:\n{text}\n{ran.stderr[-3000:]}"
 
-    # What the README says the demo leaves.
+    # The files that the README lists.
     demo = checkout / "demo"
     for path in re.findall(r"^\| `demo/(\S+)` \|", README.read_text(encoding="utf-8"), re.M):
         assert (demo / path).exists(), path
