@@ -1,12 +1,12 @@
-# Two commands do everything: `make demo` and `make test`. Each step can be typed by hand too
-# (README.md). A Python other than python3: make demo PYTHON=python3.12
+# `make demo` and `make test` install everything into .venv and run it. The README has each step as
+# a command. To use another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = demo
 
-.PHONY: demo notebook test lint clean
+.PHONY: demo notebook test test-slow lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tools.make_demo_dataset --out $(DEMO)/dataset
@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	@echo "  $(DEMO)/excitations.pkl            mean excitations of the test clips"
 	@echo "  $(DEMO)/excitation_analysis.ipynb  the analysis, executed on them"
 
-# The committed notebook: executed on the demo, its controls' state and its timings left out.
+# Execute the committed notebook on the demo, without timings and widget state.
 notebook: $(VENV)/installed
 	EXCITATIONS=$(DEMO)/excitations.pkl DATA_DIR=$(DEMO)/dataset FIGURES_DIR=docs/images \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace excitation_analysis.ipynb \
@@ -40,14 +40,20 @@ notebook: $(VENV)/installed
 	  --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
 	  --ClearMetadataPreprocessor.clear_notebook_metadata=False
 
+# In one process per core, at most 4: each takes about 1 GB.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-slow: $(VENV)/installed
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# One environment for all: what the toolkit imports, then tests, lint and Jupyter.
+# One environment: the toolkit's requirements, then tests, lint and Jupyter.
 $(VENV)/installed: requirements.txt requirements/dev.txt
 	@$(PYTHON) -B toolkit/minimum_python.py
 	$(PYTHON) -m venv $(VENV)
@@ -55,4 +61,5 @@ $(VENV)/installed: requirements.txt requirements/dev.txt
 	touch $@
 
 clean:
-	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf $(DEMO) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -r {} +
