@@ -1,4 +1,4 @@
-"""Audio and datasets that several tests need, made once a session; nothing is downloaded."""
+"""Audio and datasets for several tests, made once per session; nothing is downloaded."""
 
 import csv
 import ctypes
@@ -18,13 +18,13 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 TAGS = ("guitar", "slow", "techno", "strings", "drums", "electronic", "rock", "fast", "piano",
         "ambient", "beat", "violin")  # fmt: skip
-# Folder, and so split, of each clip: 12 of train, 6 of val, 6 of test.
+# Folder of each clip, which selects its split: 12 train, 6 val, 6 test.
 FOLDERS = "0123456789ab" + "cccccc" + "ddeeff"
 CLIP_SECONDS = (4, 6, 4, 9)  # 1, 2, 1 and 3 segments of 59,049 samples at 22,050 Hz
 
 
 def synthesise(seconds, sample_rate=16000, channels=1, tags=(0,), seed=0):
-    """Mix one tone a tag with noise: int16 [shape=(n_samples, channels)]."""
+    """Mix one tone per tag with noise: int16 [shape=(n_samples, channels)]."""
     random = np.random.default_rng(seed)
     time = np.arange(round(seconds * sample_rate)) / sample_rate
     mix = random.normal(0, 0.02, (len(time), channels))
@@ -35,7 +35,7 @@ def synthesise(seconds, sample_rate=16000, channels=1, tags=(0,), seed=0):
 
 
 def encode_audio(path, samples, sample_rate=16000, codec="libmp3lame", bit_rate=32000):
-    """Write int16 samples [shape=(n_samples, channels)] as the file that its name says."""
+    """Write int16 samples [shape=(n_samples, channels)] as an audio file; the suffix is the format."""
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[samples.shape[1]]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=sample_rate, layout=layout)
@@ -52,7 +52,7 @@ def encode_audio(path, samples, sample_rate=16000, codec="libmp3lame", bit_rate=
 
 
 def encode_float(path, codec, sample_rate=44100, layout="stereo", seconds=4):
-    """Write a file of a codec that takes planar float32 frames."""
+    """Write an audio file with a codec that takes planar float32 frames."""
     channels = {"mono": 1, "stereo": 2}[layout]
     mono = synthesise(seconds, sample_rate, seed=3).T / np.float32(32768)
     samples = np.repeat(mono.astype(np.float32), channels, axis=0)  # (channels, n_samples)
@@ -72,7 +72,7 @@ def encode_float(path, codec, sample_rate=44100, layout="stereo", seconds=4):
 
 
 def add_picture(container):
-    """Add a video stream of a second."""
+    """Add a video stream of one second."""
     stream = container.add_stream("mpeg4", rate=10, width=32, height=32, pix_fmt="yuv420p")
     for brightness in range(10):
         pixels = np.full((32, 32, 3), 10 * brightness, np.uint8)
@@ -81,11 +81,11 @@ def add_picture(container):
 
 
 def write_dataset(data_dir, num_clips=24, seconds=CLIP_SECONDS):
-    """Write annotations_final.csv and mp3/ of short clips whose tones are their tags."""
+    """Write annotations_final.csv and mp3/ with short clips: each tag is a tone."""
     rows = []
     for clip in range(num_clips):
         folder = FOLDERS[clip]
-        # Tags 0-2 on every second clip, 3-5 on every third, and so on; the last in train only.
+        # Tags 0-2 on every second clip, 3-5 on every third, and so on; the last one only in train.
         tags = [tag for tag in range(len(TAGS)) if (clip + tag) % (tag // 3 + 2) == 0]
         if folder not in "0123456789ab":
             tags = [tag for tag in tags if tag != len(TAGS) - 1]
@@ -99,7 +99,7 @@ def write_dataset(data_dir, num_clips=24, seconds=CLIP_SECONDS):
 
 
 def write_annotations(path, rows, tags=TAGS):
-    """Write rows of clip_id, labels, mp3_path in MagnaTagATune's form."""
+    """Write rows of clip_id, labels, mp3_path in MagnaTagATune's format."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
         writer.writerow(["clip_id", *tags, "mp3_path"])
@@ -108,7 +108,7 @@ def write_annotations(path, rows, tags=TAGS):
 
 @contextmanager
 def opened(path):
-    """Give a function that tells whether a file was opened since, by anyone and any library."""
+    """Yield a function that returns whether any process has opened a file since the last call."""
     libc = ctypes.CDLL(None)
     watch = libc.inotify_init1(os.O_NONBLOCK)
     try:
@@ -122,7 +122,7 @@ def opened(path):
                 return False
 
         with open(path, "rb"):
-            assert was_opened(), "the watch does not work"
+            assert was_opened(), "inotify does not work"
         yield was_opened
     finally:
         os.close(watch)
@@ -130,7 +130,7 @@ def opened(path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 3 MB that can be filled; only root may mount one."""
+    """A file system of 3 MB, for tests of full disks; mounting one needs root."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
@@ -139,20 +139,20 @@ def small_disk(tmp_path):
     except OSError as error:
         pytest.skip(str(error))
     if done.returncode:
-        pytest.skip(f"no disk can be mounted: {done.stderr.strip()}")
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of data that the published program computed."""
+    """Folder with output of the published program."""
     return GOLDEN
 
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
-    """Build a dataset of 24 clips of 1 to 3 segments and 12 tags; leave it as it is."""
+    """Build a dataset of 24 clips of 1 to 3 segments with 12 tags; tests must not change it."""
     data_dir = write_dataset(tmp_path_factory.mktemp("tiny"))
     build_mtt.build(data_dir, num_audios_per_shard=4, num_workers=2)
     return data_dir
