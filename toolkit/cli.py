@@ -64,6 +64,8 @@ def add_options(parser: argparse.ArgumentParser, *options_classes: type) -> None
         if isinstance(field.default, bool):
             metadata["action"] = "store_false" if field.default else "store_true"
             shown = "off"
+        elif isinstance(field.default, float):
+            shown = f"{field.default:g}"
         else:
             shown = "none" if field.default is None else f"{field.default}"
         metadata["help"] += f" (default: {shown})"
