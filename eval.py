@@ -62,7 +62,7 @@ def evaluate(
     scores : Scores
         Tag by tag.
     """
-    from model import compiles_faster
+    from toolkit.backend import choose_jit
     from toolkit.models import checkpoints
 
     dataset = open_dataset(data_dir)
@@ -72,7 +72,7 @@ def evaluate(
     checkpoint = checkpoints.load(model_path)
     check_fits(dataset, checkpoint)
     network = checkpoint.network
-    network.compile(jit_compile=compiles_faster(checkpoint.config.block))
+    network.compile(jit_compile=choose_jit("auto", checkpoint.config.block))
 
     clips, predictions = [], []
     read = read_clips(test.shards, dataset.num_samples, len(dataset.tags))

@@ -52,7 +52,8 @@ def extract(
     UsageError
         The model has no excitations, or is not for this dataset.
     """
-    from model import build_excitations, compiles_faster
+    from model import build_excitations
+    from toolkit.backend import choose_jit
     from toolkit.models import checkpoints
 
     import pandas as pd
@@ -64,7 +65,7 @@ def extract(
     checkpoint = checkpoints.load(model_path)
     excitations = build_excitations(checkpoint.network)
     check_fits(dataset, checkpoint)
-    excitations.compile(jit_compile=compiles_faster(checkpoint.config.block))
+    excitations.compile(jit_compile=choose_jit("auto", checkpoint.config.block))
 
     means, labels, identities = [], [], []
     read = read_clips(test.shards, dataset.num_samples, len(dataset.tags))

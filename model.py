@@ -1,10 +1,10 @@
-"""The network: sample-level blocks and their aggregation, all of it in this single file.
+"""The network: sample-level blocks and their multi-level aggregation.
 
 Kim, Lee and Nam, "Sample-level CNN Architectures for Music Auto-tagging Using Raw Waveforms",
-ICASSP 2018 (arXiv 1710.10451). Keras 3, functional, of built-in layers only, on any backend.
+ICASSP 2018 (arXiv 1710.10451). A functional Keras 3 model of built-in layers, for any backend.
 
-Small parts first, the network last. A convolution's layers are named by place: ``block3_conv1``,
-``block3_conv1_bn``, …, ``block3_se_excitation``.
+Small parts come first, the network last. Layers are named by their place in the network:
+``block3_conv1``, ``block3_conv1_bn``, …, ``block3_se_excitation``.
 """
 
 from toolkit.errors import UsageError
@@ -23,20 +23,20 @@ _BLOCK_DROPOUT = 0.2
 
 
 def kernel_initializer(name: str, kernel: tuple[int, int, int]) -> keras.Initializer:
-    """Give the initial distribution of a convolution's kernel.
+    """Return the initializer of a convolution kernel.
 
-    The published program asked for he_uniform (kernels 3 wide) and glorot_uniform (1 wide), but
-    the Keras 2.0.5 it ran on took a kernel's fans over its first two axes, which in one dimension
-    gives fan_in = k c_in c_in and fan_out = k c_in c_out: far smaller weights, on which, before
-    batch normalisation, the published results rest (keras issue 8430). 'published' draws those,
-    'he' what the names say.
+    The published program asks for he_uniform (kernels of width 3) and glorot_uniform (width 1).
+    However, Keras 2.0.5 computed fans over the first two axes of a kernel, which for a kernel of
+    shape (k, c_in, c_out) gives fan_in = k * c_in * c_in and fan_out = k * c_in * c_out. The
+    initial weights are therefore much smaller, and the published results depend on that (Keras
+    issue 8430).
 
     Parameters
     ----------
     name : {'published', 'he'}
-        Which fans.
+        'published' uses the fans of Keras 2.0.5, 'he' those of later versions.
     kernel : tuple of int
-        Width, input channels and output channels.
+        Kernel width, input channels and output channels.
     """
     width, channels_in, channels_out = kernel
     receptive_field = width * channels_in if name == "published" else width
@@ -46,12 +46,12 @@ def kernel_initializer(name: str, kernel: tuple[int, int, int]) -> keras.Initial
 
 
 def batch_norm(x, name: str):
-    """Normalise over the batch, with the paper's momentum and epsilon; in float32 inside."""
+    """Apply batch normalisation; Keras computes it in float32 even with mixed precision."""
     return layers.BatchNormalization(momentum=0.99, epsilon=1e-3, name=name)(x)
 
 
 def conv_bn(x, features: int, config: NetworkConfig, name: str, width=3, strides=1, padding="same"):
-    """Convolve and normalise."""
+    """Apply a convolution and batch normalisation: (B, N, C) -> (B, N / strides, features)."""
     kernel = (width, x.shape[-1], features)
     x = layers.Conv1D(
         features,
@@ -68,10 +68,10 @@ def conv_bn(x, features: int, config: NetworkConfig, name: str, width=3, strides
 
 
 def pool_relu(x, name: str):
-    """Take the maximum of every three frames, then rectify.
+    """Apply max pooling by 3, then ReLU: (B, N, C) -> (B, N / 3, C).
 
-    The two commute, and this order rectifies a third of the frames. Reshape and maximum is the
-    same function as a pooling layer, with a gradient that is cheaper on every backend.
+    The two operations commute; in this order, ReLU processes a third of the frames. Reshape and
+    maximum compute the same as a pooling layer, and their gradient is faster on every backend.
     """
     _, frames, channels = x.shape
     x = x[:, : frames // 3 * 3] if frames % 3 else x
@@ -81,31 +81,31 @@ def pool_relu(x, name: str):
 
 
 def squeeze_excite(x, alpha: float, name: str):
-    """Scale each channel by an excitation in (0, 1) computed from the mean of all channels."""
+    """Scale each channel by an excitation in (0, 1) computed from the means of all channels."""
     channels = x.shape[-1]
     squeeze = layers.GlobalAveragePooling1D(dtype="float32", name=f"{name}_squeeze")(x)  # (B, C)
     y = layers.Dense(int(channels * alpha), activation="relu", name=f"{name}_fc")(squeeze)
     y = layers.Dense(channels, activation="sigmoid", name=f"{name}_excitation")(y)  # (B, C)
-    y = layers.Reshape((1, channels), name=f"{name}_scale")(y)
-    return layers.Multiply(name=name)([x, y])
+    y = layers.Reshape((1, channels), name=f"{name}_scale")(y)  # (B, 1, C)
+    return layers.Multiply(name=name)([x, y])  # (B, N, C)
 
 
 # --- Blocks: (B, N, C) -> (B, N/3, features) -----------------------------------------------------
 
 
 def basic_block(x, features: int, config: NetworkConfig, name: str):
-    """Convolution, pooling."""
+    """Convolution, pooling, ReLU."""
     return pool_relu(conv_bn(x, features, config, name=f"{name}_conv1"), name=name)
 
 
 def se_block(x, features: int, config: NetworkConfig, name: str):
-    """Convolution, pooling, squeeze and excitation."""
+    """Basic block with squeeze and excitation."""
     x = basic_block(x, features, config, name)
     return squeeze_excite(x, config.alpha, name=f"{name}_se")
 
 
 def res_block(x, features: int, config: NetworkConfig, name: str, with_se: bool = False):
-    """Two convolutions beside a shortcut, pooling."""
+    """Two convolutions with a shortcut, pooling, ReLU."""
     shortcut = x
     if x.shape[-1] != features:
         shortcut = conv_bn(x, features, config, name=f"{name}_shortcut", width=1)
@@ -120,7 +120,7 @@ def res_block(x, features: int, config: NetworkConfig, name: str, with_se: bool 
 
 
 def rese_block(x, features: int, config: NetworkConfig, name: str):
-    """Residual block with squeeze and excitation before the addition."""
+    """Residual block with squeeze and excitation before the shortcut is added."""
     return res_block(x, features, config, name, with_se=True)
 
 
@@ -131,18 +131,18 @@ _BUILD_BLOCK = {"se": se_block, "rese": rese_block, "res": res_block, "basic": b
 
 
 def build_network(config: NetworkConfig) -> keras.Model:
-    """Build a network with fresh weights.
+    """Build a network with initial weights.
 
     Parameters
     ----------
     config : NetworkConfig
-        Which network.
+        Hyper-parameters.
 
     Returns
     -------
     keras.Model
-        From segments [shape=(batch, num_samples), float32, full scale 1] to tag probabilities
-        [shape=(batch, num_tags), float32].
+        Maps segments [shape=(batch, num_samples), dtype=float32, full scale 1] to tag
+        probabilities [shape=(batch, num_tags), dtype=float32].
     """
     segments = keras.Input((config.num_samples,), dtype="float32", name="segments")
     x = layers.Reshape((config.num_samples, 1), name="samples")(segments)  # (B, N, 1)
@@ -153,57 +153,46 @@ def build_network(config: NetworkConfig) -> keras.Model:
     for number, width in enumerate(_WIDTHS):
         features = width * config.init_features
         x = _BUILD_BLOCK[config.block](x, features, config, name=f"block{number}")
-        outputs.append(x)  # (B, N/3^(number + 2), width F)
+        outputs.append(x)  # (B, N/3^(number + 2), width * F)
 
     first = NUM_BLOCKS - 3 if config.multi else NUM_BLOCKS - 1
     maxima = [
         layers.GlobalMaxPooling1D(name=f"block{number}_max")(outputs[number])
         for number in range(first, NUM_BLOCKS)
     ]
-    x = layers.Concatenate(name="multi")(maxima) if config.multi else maxima[0]
+    x = layers.Concatenate(name="multi")(maxima) if config.multi else maxima[0]  # (B, 8F or 4F)
     x = layers.Dense(x.shape[-1], name="hidden")(x)
     x = batch_norm(x, name="hidden_bn")
     x = layers.ReLU(name="hidden_relu")(x)
     x = layers.Dropout(config.dropout, name="hidden_dropout")(x)
-    # The output, and so the loss, stay in float32 under mixed precision.
+    # With mixed precision, the output and the loss stay in float32.
     tags = layers.Dense(config.num_tags, activation="sigmoid", dtype="float32", name="tags")(x)
     return keras.Model(segments, tags, name=f"{config.block}{'_multi' if config.multi else ''}")
 
 
 def build_excitations(network: keras.Model) -> keras.Model:
-    """Build the model of a network's excitations, sharing its weights.
+    """Build a model that outputs the excitations of a network, with which it shares its weights.
 
     Parameters
     ----------
     network : keras.Model
-        A network of se or rese blocks.
+        Network of se or rese blocks.
 
     Returns
     -------
     keras.Model
-        From segments to a list of nine arrays [shape=(batch, channels), float32], first block to
-        last: the outputs in (0, 1) that scale each block's channels.
+        Maps segments to a list of nine arrays [shape=(batch, channels), dtype=float32], one per
+        block in order: the factors in (0, 1) by which the block scales its channels.
 
     Raises
     ------
     UsageError
-        The network's blocks have no excitations.
+        The network has no excitations.
     """
     names = [f"block{number}_se_excitation" for number in range(NUM_BLOCKS)]
     if names[0] not in {layer.name for layer in network.layers}:
         raise UsageError(
             f"a network of {network.name.split('_')[0]} blocks has no excitations: "
-            "take a model of se or rese blocks"
+            "use a model of se or rese blocks"
         )
     return keras.Model(network.input, [network.get_layer(name).output for name in names])
-
-
-def compiles_faster(block: str) -> bool:
-    """Whether compiling this network by XLA pays on the backend and device at hand.
-
-    On TensorFlow's CPU device, compiled se and basic are the fastest, and compiled rese trains
-    several times as slowly as plain (docs/performance.md).
-    """
-    if keras.backend.backend() == "tensorflow":
-        return block in ("se", "basic")
-    return keras.backend.backend() == "jax"

@@ -96,10 +96,10 @@ def tag_files(
     CheckpointError
         The model's outputs are no numbers.
     """
-    from model import compiles_faster
+    from toolkit.backend import choose_jit
 
     network, config = checkpoint.network, checkpoint.config
-    network.compile(jit_compile=compiles_faster(config.block))
+    network.compile(jit_compile=choose_jit("auto", config.block))
     paths = [Path(path) for path in paths]
     broken = set()  # some of them after their first parts were predicted
     found = predicted = 0

@@ -156,3 +156,11 @@ def tiny_dataset(tmp_path_factory) -> Path:
     data_dir = write_dataset(tmp_path_factory.mktemp("tiny"))
     build_mtt.build(data_dir, num_audios_per_shard=4, num_workers=2)
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_dataset, tmp_path_factory) -> Path:
+    """Train two stages of two epochs on `tiny_dataset`; do not change the folder."""
+    from training_runs import train_two_stages
+
+    return train_two_stages(tiny_dataset, tmp_path_factory.mktemp("trained") / "log")

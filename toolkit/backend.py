@@ -40,6 +40,47 @@ def import_keras() -> None:
     import_quietly("keras")
 
 
+def choose_jit(choice: str, block: str) -> bool:
+    """Return whether to compile a network with XLA.
+
+    Parameters
+    ----------
+    choice : {'auto', 'on', 'off'}
+        ``auto`` compiles where that was measured to be faster (docs/performance.md): always on
+        JAX, never on PyTorch, and on TensorFlow networks of se and basic blocks. On TensorFlow's
+        CPU device, rese networks train several times slower compiled than not compiled.
+    block : str
+        The network's building block.
+    """
+    import keras
+
+    if choice != "auto":
+        return choice == "on"
+    name = keras.backend.backend()
+    return name == "jax" or (name == "tensorflow" and block in ("se", "basic"))
+
+
+def device_names() -> list[str]:
+    """Return the names of the backend's accelerators; an empty list if it computes on the CPU."""
+    import keras
+
+    name = keras.backend.backend()
+    if name == "torch":
+        import torch
+
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if name == "jax":
+        import jax
+
+        return [device.device_kind for device in jax.devices() if device.platform != "cpu"]
+    import tensorflow as tf
+
+    return [
+        tf.config.experimental.get_device_details(device).get("device_name", device.name)
+        for device in tf.config.list_physical_devices("GPU")
+    ]
+
+
 def _configured_backend() -> str:
     """Return the backend of Keras's own configuration file, or TensorFlow."""
     folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()

@@ -64,6 +64,8 @@ def add_options(parser: argparse.ArgumentParser, *options_classes: type) -> None
         if isinstance(field.default, bool):
             metadata["action"] = "store_false" if field.default else "store_true"
             shown = "off"
+        elif isinstance(field.default, float):
+            shown = f"{field.default:g}"
         else:
             shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
             shown = "none" if field.default is None else shown

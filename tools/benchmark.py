@@ -42,13 +42,13 @@ from typing import TYPE_CHECKING
 
 from toolkit import backend, cli, messages
 from toolkit.errors import ToolkitError, UsageError
-from toolkit.training import distribution
+from toolkit.training import devices, hosts
 
 import numpy as np
 
 if TYPE_CHECKING:
     from model import NetworkConfig
-    from train import Options
+    from toolkit.training.options import TrainingOptions
 
     import keras
 
@@ -331,7 +331,7 @@ def measure_model(
     repeats: int,
     config: "NetworkConfig",
     batch_size: int,
-    options: "Options",
+    options: "TrainingOptions",
     profile: bool = False,
 ) -> Iterator[Figure | Failure]:
     """Measure training and prediction of a network on random segments that lie on the device.
@@ -339,7 +339,7 @@ def measure_model(
     What fails of one, for want of memory perhaps, leaves the other to be measured.
     """
     from model import build_network
-    from train import choose_jit
+    from toolkit.backend import choose_jit
 
     import keras
 
@@ -407,7 +407,7 @@ def _predict_call(
     x: np.ndarray,
     y: np.ndarray,
     batch_size: int,
-    options: "Options",
+    options: "TrainingOptions",
     jit: bool,
 ) -> tuple[Callable[[], None], int]:
     """Give a call that predicts a batch, and its segments."""
@@ -423,17 +423,17 @@ def _train_call(
     x: np.ndarray,
     y: np.ndarray,
     batch_size: int,
-    options: "Options",
+    options: "TrainingOptions",
     jit: bool,
 ) -> tuple[Callable[[], None], int]:
     """Give a call that trains some steps, and the segments it takes."""
-    from train import compile_trainer
+    from toolkit.training.loop import compile_trainer
 
     import keras
 
     trainer = compile_trainer(network, options, 0, jit)
     if keras.backend.backend() == "jax" and jit:
-        from toolkit.training.jax_training import JaxTrainer
+        from toolkit.training.jax_loop import JaxTrainer
 
         runner = JaxTrainer(trainer)
         runner.set_cache(x, y)
@@ -734,9 +734,9 @@ def _run_job(shares: list[list[int]], arguments: tuple) -> dict:
                 environment = os.environ | {
                     "KERAS_BACKEND": "jax",
                     "PYTHONPATH": _module_path(),
-                    distribution.ADDRESSES: f"127.0.0.1:{port}",
-                    distribution.NUM_PROCESSES: str(len(shares)),
-                    distribution.PROCESS_ID: str(process),
+                    hosts.ADDRESSES: f"127.0.0.1:{port}",
+                    hosts.NUM_PROCESSES: str(len(shares)),
+                    hosts.PROCESS_ID: str(process),
                 }
                 command = [sys.executable, "-c", code, json.dumps([share, *arguments])]
                 processes.append(
@@ -760,8 +760,9 @@ def say_rate_of_a_host(
     os.sched_setaffinity(0, cores)
     backend.import_keras()
     from model import NetworkConfig, build_network
-    from toolkit.training.jax_training import JaxTrainer
-    from train import Options, compile_trainer
+    from toolkit.training.jax_loop import JaxTrainer
+    from toolkit.training.loop import compile_trainer
+    from toolkit.training.options import TrainingOptions
 
     import jax
     import keras
@@ -769,10 +770,10 @@ def say_rate_of_a_host(
 
     with backend.stderr_held():
         keras.utils.set_random_seed(0)
-    with distribution.start(lambda: None) as job:
+    with devices.open_job(True, lambda: None) as job:
         job.check_batch_size(batch_size)
         network = build_network(NetworkConfig(block, init_features=init_features))
-        trainer = compile_trainer(network, Options(batch_size=batch_size), 0, True)
+        trainer = compile_trainer(network, TrainingOptions(batch_size=batch_size), 0, True)
         runner = JaxTrainer(trainer, job=job)
         random = np.random.default_rng(job.process)
         own = batch_size // job.num_processes
@@ -788,7 +789,7 @@ def say_rate_of_a_host(
         num_parameters = sum(int(np.prod(v.shape)) for v in trainer.trainable_variables)
         exchanges = []
         if job.num_processes > 1:
-            spread = NamedSharding(job.mesh, PartitionSpec(distribution.BATCH_AXIS))
+            spread = NamedSharding(job.mesh, PartitionSpec(devices.BATCH_AXIS))
             together = NamedSharding(job.mesh, PartitionSpec())
             gradients = np.ones((job.num_devices // job.num_processes, num_parameters), np.float32)
             gradients = jax.make_array_from_process_local_data(spread, gradients)
@@ -822,7 +823,7 @@ def describe_machine() -> dict[str, str]:
         "processor": _processor_name(),
     }
     if "keras" in sys.modules:
-        from train import device_names
+        from toolkit.backend import device_names
 
         described["accelerator"] = ", ".join(device_names()) or "none"
         described["backend"] = os.environ.get("KERAS_BACKEND", "tensorflow")
@@ -843,7 +844,7 @@ def _processor_name() -> str:
 
 
 def _on_accelerator() -> bool:
-    from train import device_names
+    from toolkit.backend import device_names
 
     return bool(device_names())
 
@@ -1114,7 +1115,7 @@ def _measure_all(
     arguments: argparse.Namespace, stages: list[str], data_dir: Path
 ) -> Iterator[Figure | Failure]:
     from model import NetworkConfig
-    from train import Options
+    from toolkit.training.options import TrainingOptions
 
     repeats = arguments.repeats
     if "machine" in stages:
@@ -1129,7 +1130,7 @@ def _measure_all(
         for block in arguments.block:
             for batch_size in arguments.batch_size:
                 config = NetworkConfig(block, init_features=arguments.init_features)
-                options = Options(
+                options = TrainingOptions(
                     batch_size=batch_size,
                     jit=arguments.jit,
                     mixed_precision=arguments.mixed_precision,

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from model import NetworkConfig, build_network
+from toolkit.training.options import TrainingOptions
 from tools import benchmark
-from train import Options
 
 import pytest
 
@@ -95,7 +95,7 @@ def test_what_fails_of_a_network_leaves_the_rest(monkeypatch):
     monkeypatch.setattr(benchmark, "_SECONDS_A_REPEAT", 0)
     monkeypatch.setattr(benchmark, "_train_call", fail)
     predicted, failed = benchmark.measure_model(
-        ["train", "predict"], 1, NetworkConfig("basic", init_features=2), 2, Options()
+        ["train", "predict"], 1, NetworkConfig("basic", init_features=2), 2, TrainingOptions()
     )
     assert predicted.stage == "predict"
     assert predicted.setting["batch_size"] == 2

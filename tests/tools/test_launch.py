@@ -16,7 +16,7 @@ from pathlib import Path
 
 import build_mtt
 import train
-from toolkit.training import distribution
+from toolkit.training.hosts import ADDRESSES, NUM_PROCESSES, PROCESS_ID
 
 import pytest
 
@@ -148,9 +148,9 @@ def test_each_host_trains_as_one_process_of_the_same_job(cluster):
         task = noted(notes, f"python{process}")
         seen = task["environment"]
         assert seen["KERAS_BACKEND"] == "jax"
-        assert seen[distribution.PROCESS_ID] == str(process)
-        assert seen[distribution.NUM_PROCESSES] == str(len(HOSTS))
-        addresses.add(seen[distribution.ADDRESSES])
+        assert seen[PROCESS_ID] == str(process)
+        assert seen[NUM_PROCESSES] == str(len(HOSTS))
+        addresses.add(seen[ADDRESSES])
         assert task["arguments"][0] == "train.py"
         parsed = train.build_parser().parse_args(task["arguments"][1:])
         assert parsed.distribute
@@ -345,14 +345,14 @@ def test_every_host_of_a_training_job_is_named_once():
     number = spec["completions"]
     assert spec["completionMode"] == "Indexed"
     assert spec["parallelism"] == number
-    assert environment[distribution.NUM_PROCESSES]["value"] == str(number)
+    assert environment[NUM_PROCESSES]["value"] == str(number)
     assert environment["KERAS_BACKEND"]["value"] == "jax"
     # An indexed job names its pods' hosts by its own name and the index.
     port = container["ports"][0]["containerPort"]
     name, subdomain = job["metadata"]["name"], pod["subdomain"]
     expected = [f"{name}-{index}.{subdomain}:{port}" for index in range(number)]
-    assert environment[distribution.ADDRESSES]["value"].split(",") == expected
-    index = environment[distribution.PROCESS_ID]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert environment[ADDRESSES]["value"].split(",") == expected
+    index = environment[PROCESS_ID]["valueFrom"]["fieldRef"]["fieldPath"]
     assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     # The Service gives the names: headless, of the subdomain's name, for these pods.
     assert service["metadata"]["name"] == subdomain

@@ -1,150 +1,60 @@
-"""train.py: the arithmetic of a step, the stages, what they leave, and going on after an end."""
+"""train.py: the arithmetic of a step, stages, their files, and where a stage starts."""
 
-import contextlib
-import csv
-import errno
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import train
 from input_data import open_dataset
-from model import NetworkConfig, build_network
-from toolkit import files
+from model import build_network
+from toolkit import figures, files
 from toolkit.errors import TrainingError, UsageError
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint, checkpoint_name, find_best, save
-from train import Options, StageState, compile_trainer
+from toolkit.models.config import NetworkConfig
+from toolkit.training import history
+from toolkit.training.loop import compile_trainer
+from toolkit.training.options import TrainingOptions
+from toolkit.training.stage import StageState
 
 import matplotlib.image
 import numpy as np
 import pytest
+from training_runs import (
+    COLUMNS,
+    ONE_EPOCH,
+    TWO_STAGES,
+    arguments,
+    assert_same_weights,
+    history_of,
+    names_in,
+    predict_validation,
+    validation_loss_of,
+    weights_of,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = [
-    "epoch", "loss", "val_loss", "learning_rate", "val_roc_auc", "val_pr_auc", "seconds",
-]  # fmt: skip
-# A network and a dataset of a second an epoch.
-SMALL = ("--block", "basic", "--init-features", "2", "--batch-size", "4", "--jit", "off")
 
 
-def arguments(data_dir, train_dir, *more):
-    return ["--data-dir", str(data_dir), "--train-dir", str(train_dir), *SMALL, *map(str, more)]
-
-
-def weights_of(path):
-    return checkpoints.load(path).network.get_weights()
-
-
-def assert_same_weights(path, other):
-    for one, another in zip(weights_of(path), weights_of(other), strict=True):
-        np.testing.assert_array_equal(one, another)
-
-
-def history_of(stage_dir):
-    with open(stage_dir / "training.csv", newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == COLUMNS
-    return [dict(zip(COLUMNS, map(float, row), strict=True)) for row in rows[1:]]
-
-
-def names_in(folder):
-    """What a stage leaves, without TensorBoard's files."""
-    return sorted(path.name for path in folder.iterdir() if "tfevents" not in path.name)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_dataset, tmp_path_factory):
-    """Two stages of two epochs, with dropout, run without interruption."""
-    train_dir = tmp_path_factory.mktemp("trained") / "log"
-    assert train.main(arguments(tiny_dataset, train_dir, *TWO_STAGES)) == 0
-    return train_dir
-
-
-ONE_STAGE = ("--num-lr-decays", 1, "--max-epochs", 2)
-TWO_STAGES = ("--num-lr-decays", 2, "--max-epochs", 2, "--lr", 0.05, "--seed", 3)
-
-
-def test_picture_of_all_stages(trained, tmp_path):
-    picture = matplotlib.image.imread(trained / "training.png")
-    assert picture.shape == (520, 830, 4)
-    assert picture.std() > 0.01  # not blank
-    # It is drawn from training.csv alone: the same again, and another of one stage or of new rows.
-    train_dir = Path(shutil.copytree(trained, tmp_path / "log"))
-    drawn = (train_dir / "training.png").read_bytes()
-    assert train.plot_training(train_dir) == train_dir / "training.png"
-    assert (train_dir / "training.png").read_bytes() == drawn
-    shutil.rmtree(train_dir / "1")
-    train.plot_training(train_dir)
-    of_one_stage = (train_dir / "training.png").read_bytes()
-    assert of_one_stage != drawn
-    rows = (train_dir / "0" / "training.csv").read_text().splitlines()
-    (train_dir / "0" / "training.csv").write_text("\n".join(rows[:-1]) + "\n")
-    train.plot_training(train_dir)
-    assert (train_dir / "training.png").read_bytes() not in (drawn, of_one_stage)
-
-
-@pytest.mark.slow
-def test_picture_that_cannot_be_drawn_does_not_end_training(tiny_dataset, tmp_path, capsys):
-    train_dir = tmp_path / "log"
-    (train_dir / "training.png").mkdir(parents=True)  # a folder stands in its way
-    assert train.main(arguments(tiny_dataset, train_dir, *ONE_STAGE)) == 0
-    assert len(history_of(train_dir / "0")) == 2
-    assert capsys.readouterr().err.count(f"{train_dir / 'training.png'}: not drawn: ") == 2
-
-
-def test_picture_is_kept_current(tiny_dataset, tmp_path, monkeypatch):
-    """After every epoch it shows all rows there are."""
-    drawn = []
-
-    def plot(path, histories):
-        drawn.append({stage: len(rows) for stage, rows in histories.items()})
-
-    monkeypatch.setattr(train.figures, "plot_training", plot)
-    options = arguments(tiny_dataset, tmp_path / "log", "--num-lr-decays", 2, "--max-epochs", 1)
-    assert train.main(options) == 0
-    assert drawn == [{0: 1}, {0: 1, 1: 1}]
+@pytest.fixture
+def log(trained, tmp_path):
+    """A copy of `trained` that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "log"))
 
 
 # --- The arithmetic ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", ["se", "basic"])
-def test_losses_are_the_published(golden, block):
-    random = np.random.RandomState(0)
-    x = (random.standard_normal((20, 4, 59049)) * 0.1).astype(np.float32)
-    y = (random.uniform(size=(20, 4, 50)) < 0.1).astype(np.float32)
-    expected = np.loadtxt(golden / "training" / f"{block}-loss.txt")
-
-    initial = checkpoints.load(golden / "training" / f"{block}-initial.hdf5")
-    config = NetworkConfig(**initial.config.to_json() | {"dropout": 0.0})
-    network = build_network(config)
-    network.set_weights(initial.network.get_weights())
-    trainer = compile_trainer(network, Options(), stage=0, jit=False)
-    losses = []
-    for segments, labels in zip(x, y, strict=True):
-        trainer.reset_metrics()
-        losses.append(float(trainer.train_on_batch(segments, labels)))
-    differences = np.abs(np.array(losses) - expected)
-    print(f"{block}: first {differences[0]:.1e}, largest of 20 {differences.max():.1e}")
-    assert differences[0] <= 1e-5
-    assert differences.max() <= 0.06
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize(("momentum", "stage"), [(0.0, 0), (0.9, 0), (0.9, 2)])
 def test_steps_are_the_written_formula(stage, momentum):
-    """Keras 2's SGD: v = m v - lr_t g, then w += m v - lr_t g, with the learning rate falling."""
+    """Keras 2's SGD: v = m v - lr_t g, then w += m v - lr_t g, with a decreasing learning rate."""
     import keras
 
-    options = Options(lr=0.3, lr_decay=0.5, momentum=momentum)
+    options = TrainingOptions(lr=0.3, lr_decay=0.5, momentum=momentum)
     random = np.random.default_rng(stage)
     w, b = random.standard_normal((3, 2)), np.zeros(2)
     v_w, v_b = np.zeros_like(w), np.zeros_like(b)
@@ -169,44 +79,61 @@ def test_steps_are_the_written_formula(stage, momentum):
     np.testing.assert_allclose(layer.get_weights()[1], b, atol=3e-6)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 4])
-def test_learning_rate_of_stage_and_iteration(stage):
+def test_learning_rate_of_stage_and_iteration():
     import keras
 
     inputs = keras.Input((2,))
     network = keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(inputs))
-    optimizer = compile_trainer(network, Options(), stage, jit=False).optimizer
-    assert optimizer.nesterov and optimizer.momentum == 0.9
-    for iteration in (0, 1, 1000, 1_000_000, 6_630_000):
-        optimizer.iterations.assign(iteration)
-        expected = 0.01 * 0.2**stage / (1 + 1e-6 * iteration)
-        rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-        assert rate == pytest.approx(expected, rel=1e-6)
+    for stage in (0, 1, 4):
+        optimizer = compile_trainer(network, TrainingOptions(), stage, jit=False).optimizer
+        assert optimizer.nesterov and optimizer.momentum == 0.9
+        for iteration in (0, 1, 1000, 1_000_000, 6_630_000):
+            optimizer.iterations.assign(iteration)
+            expected = 0.01 * 0.2**stage / (1 + 1e-6 * iteration)
+            rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+            assert rate == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("losses", "patience", "max_epochs", "improved", "finished_at"),
     [
         ([0.5, 0.4, 0.3], 2, 100, [1, 1, 1], None),
-        ([0.5, 0.6, 0.7], 2, 100, [1, 0, 0], 2),
-        ([0.5, 0.6, 0.4, 0.6, 0.5], 2, 100, [1, 0, 1, 0, 0], 4),
-        ([0.5, 0.5], 1, 100, [1, 0], 1),  # the same is no improvement
-        ([0.5, 0.6, 0.4, 0.41, 0.42, 0.43], 3, 100, [1, 0, 1, 0, 0, 0], 5),
+        # With patience P, P + 1 epochs follow the best one, as with Keras 2.0.5.
+        ([0.5, 0.6, 0.7], 2, 100, [1, 0, 0], None),
+        ([0.5, 0.6, 0.7, 0.8], 2, 100, [1, 0, 0, 0], 3),
+        ([0.5, 0.6, 0.4, 0.6, 0.5, 0.4], 2, 100, [1, 0, 1, 0, 0, 0], 5),
+        ([0.5, 0.5, 0.5], 1, 100, [1, 0, 0], 2),  # an equal loss is no improvement
+        ([0.5, 0.6, 0.4, 0.41, 0.42, 0.43, 0.44], 3, 100, [1, 0, 1, 0, 0, 0, 0], 6),
         ([0.5, 0.4, 0.3], 2, 3, [1, 1, 1], 2),
         ([0.5], 2, 1, [1], 0),
     ],
 )
 def test_stage_state(losses, patience, max_epochs, improved, finished_at):
+    options = TrainingOptions(patience=patience, max_epochs=max_epochs)
     state = StageState()
     for epoch, loss in enumerate(losses):
         assert not state.finished
-        assert state.update(epoch, loss, patience, max_epochs) == improved[epoch]
+        assert state.update(epoch, loss, options) == improved[epoch]
         assert state.epoch == epoch
         assert state.best_loss == min(losses[: epoch + 1])
         assert state.finished == (epoch == finished_at)
 
 
-# --- What a run leaves ---------------------------------------------------------------------------
+def test_a_stage_has_patience_plus_one_epochs_after_its_best(tiny_dataset, tmp_path, monkeypatch):
+    losses = iter([0.7, 0.6, 0.65, 0.64, 0.63, 0.1])
+    validate = train.validate
+
+    def validate_with_given_loss(*run):
+        return next(losses), validate(*run)[1]
+
+    monkeypatch.setattr(train, "validate", validate_with_given_loss)
+    options = ("--num-lr-decays", 1, "--patience", 2)
+    assert train.main(arguments(tiny_dataset, tmp_path, *options)) == 0
+    rows = history_of(tmp_path / "0")
+    assert [row["val_loss"] for row in rows] == [0.7, 0.6, 0.65, 0.64, 0.63]
+
+
+# --- The files of a stage ------------------------------------------------------------------------
 
 
 def test_files_and_history(trained):
@@ -233,30 +160,37 @@ def test_files_and_history(trained):
 
 
 def test_validation_columns_are_those_of_the_checkpoint(tiny_dataset, trained):
-    """The best checkpoint, evaluated on the validation split by other means, scores as written."""
-    from input_data import read_clips
-
+    """The best checkpoint has the scores of its row when evaluated by other code."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     path = find_best(trained / "1")
     row = history_of(trained / "1")[int(path.name[6:9])]
-    network = checkpoints.load(path).network
-    clips = list(read_clips(open_dataset(tiny_dataset).splits["val"].shards))
-    outputs = [network.predict_on_batch(clip.segments).astype(np.float64) for clip in clips]
-    labels = np.array([clip.labels for clip in clips])
+    labels, outputs = predict_validation(path, tiny_dataset)
     means = np.array([output.mean(axis=0) for output in outputs])
     known = [len(set(column)) == 2 for column in labels.T]
-    assert row["val_roc_auc"] == pytest.approx(
-        roc_auc_score(labels[:, known], means[:, known]), abs=1e-6
-    )
-    assert row["val_pr_auc"] == pytest.approx(
-        average_precision_score(labels[:, known], means[:, known]), abs=1e-6
-    )
-    p = np.concatenate(outputs)
-    y = np.repeat(labels, [len(output) for output in outputs], axis=0)
-    loss = -np.log(np.where(y, p, 1 - p)).mean()
-    assert row["val_loss"] == pytest.approx(loss, abs=1e-6)
+    for name, score in (("roc", roc_auc_score), ("pr", average_precision_score)):
+        expected = score(labels[:, known], means[:, known])
+        assert row[f"val_{name}_auc"] == pytest.approx(expected, abs=1e-6)
+    assert row["val_loss"] == pytest.approx(validation_loss_of(path, tiny_dataset), abs=1e-6)
     assert path.name == checkpoint_name(int(row["epoch"]), row["val_loss"])
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("torch", marks=pytest.mark.slow)])
+def test_validation_loss_includes_the_l2_penalty(tiny_dataset, tmp_path, backend):
+    pytest.importorskip(backend)
+    options = arguments(tiny_dataset, tmp_path, *ONE_EPOCH, "--weight-decay", 0.1)
+    if backend == "tensorflow":
+        assert train.main(options) == 0
+    else:
+        environment = os.environ | {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *options], env=environment, check=True
+        )
+    (row,) = history_of(tmp_path / "0")
+    best = find_best(tmp_path / "0")
+    expected = validation_loss_of(best, tiny_dataset, 0.1)
+    assert row["val_loss"] == pytest.approx(expected, abs=1e-5)
+    assert row["val_loss"] > validation_loss_of(best, tiny_dataset) + 0.1
 
 
 def test_tensorboard_reads_the_events(trained):
@@ -274,42 +208,77 @@ def test_tensorboard_reads_the_events(trained):
                 assert point.value == pytest.approx(row[tag], rel=1e-5)
 
 
-def test_finished_stages_are_skipped(tiny_dataset, trained, capsys):
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*.keras")}
-    assert train.main(arguments(tiny_dataset, trained, *TWO_STAGES)) == 0
-    printed = capsys.readouterr()
-    assert printed.err.count("finished earlier") == 2
-    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*.keras")} == before
+def test_missing_events_are_written_when_a_stage_resumes(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    rows = [{"epoch": epoch, "loss": 0.5 - 0.1 * epoch} for epoch in range(3)]
+    for earlier, row in ((rows[:0], rows[0]), (rows[:1], rows[1]), (rows[:3], None)):
+        events = history.EventLog(tmp_path, earlier)
+        if row:
+            events.write(row)
+        events.close()
+    steps = sorted(
+        event.step
+        for path in tmp_path.glob("events.out.tfevents.*")
+        for event in EventFileLoader(str(path)).Load()
+        if event.HasField("summary")
+    )
+    assert steps == [0, 1, 2]
 
 
-@pytest.mark.slow
-def test_another_seed_gives_other_weights(tiny_dataset, trained, tmp_path):
-    more = ("--num-lr-decays", 1, "--max-epochs", 1, "--lr", 0.05, "--seed", 2**40)
-    assert train.main(arguments(tiny_dataset, tmp_path / "log", *more)) == 0
-    kernel, other = (weights_of(find_best(log / "0"))[0] for log in (tmp_path / "log", trained))
-    assert np.abs(kernel - other).max() > 0.01
+def test_picture_is_drawn_from_the_histories_of_all_stages(trained, log):
+    picture = matplotlib.image.imread(trained / "training.png")
+    assert picture.shape == (520, 830, 4)
+    assert picture.std() > 0.01  # not blank
+    drawn = (log / "training.png").read_bytes()
+    assert history.plot_training(log) == log / "training.png"
+    assert (log / "training.png").read_bytes() == drawn
+    shutil.rmtree(log / "1")
+    history.plot_training(log)
+    of_one_stage = (log / "training.png").read_bytes()
+    assert of_one_stage != drawn
+    rows = (log / "0" / "training.csv").read_text().splitlines()
+    (log / "0" / "training.csv").write_text("\n".join(rows[:-1]) + "\n")
+    history.plot_training(log)
+    assert (log / "training.png").read_bytes() not in (drawn, of_one_stage)
+
+
+def test_picture_is_drawn_after_every_epoch_and_may_fail(
+    tiny_dataset, tmp_path, monkeypatch, capsys
+):
+    drawn = []
+
+    def plot(path, histories):
+        drawn.append({stage: len(rows) for stage, rows in histories.items()})
+        raise ValueError("no colours")
+
+    monkeypatch.setattr(figures, "plot_training", plot)
+    options = arguments(tiny_dataset, tmp_path / "log", "--num-lr-decays", 2, "--max-epochs", 1)
+    assert train.main(options) == 0
+    assert drawn == [{0: 1}, {0: 1, 1: 1}]
+    line = f"{tmp_path / 'log' / 'training.png'}: cannot be drawn: no colours\n"
+    assert capsys.readouterr().err.count(line) == 2
 
 
 def test_published_shards(golden, tmp_path):
-    """Shards without a manifest train, and what was trained evaluates."""
+    """Shards without a manifest can be trained on, and the result can be evaluated."""
     import eval as eval_script
 
     folder = tmp_path / "data" / "tfrecord"
     shutil.copytree(golden / "tfrecord", folder)
     shutil.copy(folder / "train-0000-of-0001.tfrecord", folder / "val-0000-of-0001.tfrecord")
-    more = ("--num-lr-decays", 1, "--max-epochs", 1)
-    assert train.main(arguments(tmp_path / "data", tmp_path / "log", *more)) == 0
+    assert train.main(arguments(tmp_path / "data", tmp_path / "log", *ONE_EPOCH)) == 0
     (row,) = history_of(tmp_path / "log" / "0")
     assert np.isfinite(row["val_loss"])
     best = find_best(tmp_path / "log" / "0")
     tags, clips, _, _ = eval_script.evaluate(best, tmp_path / "data")
     assert (len(tags), len(clips)) == (50, 1)
-    # One clip has no two classes, and JSON no number for that.
+    # One clip does not have both classes of any tag: the scores are NaN.
     tested = json.loads((tmp_path / "log" / "0" / "test.json").read_text())
     assert tested == {"checkpoint": best.name, "roc_auc": None, "pr_auc": None}
 
 
-def test_without_test_shards_no_stage_is_scored(tiny_dataset, trained, tmp_path, capsys):
+def test_without_test_shards_no_stage_is_tested(tiny_dataset, log, tmp_path, capsys):
     data_dir = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
     for path in (data_dir / "tfrecord").glob("test-*"):
         path.unlink()
@@ -317,40 +286,55 @@ def test_without_test_shards_no_stage_is_scored(tiny_dataset, trained, tmp_path,
     manifest = json.loads(path.read_text())
     manifest["splits"]["test"] = {"clips": 0, "segments": 0, "shards": []}
     path.write_text(json.dumps(manifest))
-    log = Path(shutil.copytree(trained, tmp_path / "log"))
     (log / "0" / "test.json").unlink()
     config = NetworkConfig(block="basic", init_features=2)
-    options = Options(batch_size=4, num_lr_decays=1, max_epochs=2, jit="off")
+    options = TrainingOptions(batch_size=4, num_lr_decays=1, max_epochs=2, jit="off")
     assert train.train(data_dir, log, config, options) == {}
-    assert "stage 0: no test shards to test the best checkpoint on\n" in capsys.readouterr().err
+    assert "stage 0: the dataset has no test shards" in capsys.readouterr().err
     assert not (log / "0" / "test.json").exists()
 
 
 # --- Where a stage starts ------------------------------------------------------------------------
 
 
-def start(tiny_dataset, train_dir, stage, **options):
-    """Run one more epoch, or none, of a stage; give the printed line of where it began."""
-    more = {"max_epochs": 3, "num_lr_decays": stage + 1, "initial_stage": stage} | options
-    flags = [
-        part for name, value in more.items() for part in (f"--{name.replace('_', '-')}", value)
-    ]
-    return train.main(arguments(tiny_dataset, train_dir, "--lr", 0.05, "--seed", 3, *flags))
+def start(tiny_dataset, train_dir, stage, *more, max_epochs=3):
+    """Train up to `max_epochs` of one stage, as the stages of `trained`."""
+    more = ("--max-epochs", max_epochs, "--num-lr-decays", stage + 1, "--initial-stage", stage,
+            "--lr", 0.05, "--seed", 3, *more)  # fmt: skip
+    return train.main(arguments(tiny_dataset, train_dir, *more))
 
 
-def test_first_stage_starts_fresh(tiny_dataset, trained, tmp_path, capsys):
-    """The same seed gives the same weights."""
-    assert start(tiny_dataset, tmp_path / "log", 0, max_epochs=1) == 0
-    assert "stage 0: learning rate 0.05, from epoch 0\n" in capsys.readouterr().err
-    (path,) = (tmp_path / "log" / "0").glob("ckpt-*.keras")
+def edit_state(log, **changes):
+    """Change the state in stage 0's resume.keras, and delete stage 1."""
+    shutil.rmtree(log / "1")
+    path = log / "0" / "resume.keras"
+    checkpoint = checkpoints.load(path)
+    checkpoint.training["state"] |= changes
+    trainer = compile_trainer(checkpoint.network, TrainingOptions(lr=0.05), stage=0, jit=False)
+    checkpoints.load_optimizer(path, trainer)
+    save(path, checkpoint, trainer)
+
+
+def test_finished_stages_are_skipped(tiny_dataset, log, capsys):
+    before = {path: path.stat().st_mtime_ns for path in log.rglob("*.keras")}
+    assert train.main(arguments(tiny_dataset, log, *TWO_STAGES)) == 0
+    assert capsys.readouterr().err.count("already finished") == 2
+    assert {path: path.stat().st_mtime_ns for path in log.rglob("*.keras")} == before
+
+
+def test_first_stage_starts_from_weights_that_depend_on_the_seed(tiny_dataset, trained, tmp_path):
+    assert start(tiny_dataset, tmp_path / "same", 0, max_epochs=1) == 0
+    assert start(tiny_dataset, tmp_path / "other", 0, "--seed", 2**40, max_epochs=1) == 0
+    (path,) = (tmp_path / "same" / "0").glob("ckpt-*.keras")
     assert_same_weights(path, trained / "0" / path.name)
+    kernel, other = (weights_of(tmp_path / log / "0")[0] for log in ("same", "other"))
+    assert np.abs(kernel - other).max() > 0.01
 
 
-def test_own_best_where_resume_is_gone(tiny_dataset, trained, tmp_path, capsys):
-    log = Path(shutil.copytree(trained, tmp_path / "log"))
+def test_own_best_without_resume(tiny_dataset, trained, log, capsys):
     (log / "1" / "resume.keras").unlink()
     for path in (log / "1").glob("ckpt-e001-*"):
-        path.unlink()  # the best is then of epoch 0, and epoch 1 is still to come
+        path.unlink()  # then the best epoch is 0, and epoch 1 is trained again
     assert start(tiny_dataset, log, 1, max_epochs=2) == 0
     assert "stage 1: learning rate 0.01, from epoch 1\n" in capsys.readouterr().err
     rows = history_of(log / "1")
@@ -359,7 +343,7 @@ def test_own_best_where_resume_is_gone(tiny_dataset, trained, tmp_path, capsys):
 
 
 def test_previous_best(tiny_dataset, trained, tmp_path, capsys):
-    """A stage that starts later is the stage of an uninterrupted run."""
+    """A stage that is started separately equals that of an uninterrupted run."""
     shutil.copytree(trained / "0", tmp_path / "log" / "0")
     assert start(tiny_dataset, tmp_path / "log", 1, max_epochs=2) == 0
     assert "stage 1: learning rate 0.01, from epoch 0\n" in capsys.readouterr().err
@@ -373,9 +357,8 @@ def test_no_previous_best(tiny_dataset, tmp_path, capsys):
     assert "--initial-stage 1" in message
 
 
-def test_a_history_cut_short_is_completed(tiny_dataset, trained, tmp_path):
-    """An end between the checkpoint and training.csv leaves one row too few."""
-    log = Path(shutil.copytree(trained, tmp_path / "log"))
+def test_a_history_cut_short_is_completed(tiny_dataset, trained, log):
+    """A run killed between the checkpoint and training.csv leaves one row too few."""
     for stage in ("0", "1"):
         path = log / stage / "training.csv"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
@@ -390,7 +373,6 @@ def test_a_history_cut_short_is_completed(tiny_dataset, trained, tmp_path):
         (("--block", "se"), "block 'basic', now 'se'"),
         (("--init-features", 4), "init_features 2, now 4"),
         (("--no-multi",), "multi True, now False"),
-        (("--dropout", 0.1), "dropout 0.5, now 0.1"),
     ],
 )
 def test_another_network_is_refused(tiny_dataset, trained, capsys, more, part):
@@ -401,23 +383,101 @@ def test_another_network_is_refused(tiny_dataset, trained, capsys, more, part):
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
-def test_a_checkpoint_of_no_training(tiny_dataset, tmp_path, capsys):
-    """A converted model says nothing of an epoch: it is no place to go on from."""
+def test_dropout_and_weight_decay_may_change(tiny_dataset, trained, log, capsys):
+    """When a stage resumes and when the next one starts; the new values are used and stored."""
+    edit_state(log, finished=False)
+    changed = ("--dropout", 0, "--weight-decay", 0.1)
+    assert start(tiny_dataset, log, 0, *changed) == 0
+    resumed = capsys.readouterr().err
+    shutil.rmtree(log / "0")
+    shutil.copytree(trained / "0", log / "0")
+    assert start(tiny_dataset, log, 1, *changed, max_epochs=1) == 0
+    started = capsys.readouterr().err
+    for said, path in ((resumed, log / "0" / "resume.keras"), (started, find_best(log / "0"))):
+        assert f"{path}: was trained with --dropout 0.5, continuing with 0\n" in said
+        assert f"{path}: was trained with --weight-decay 0, continuing with 0.1\n" in said
+    assert "stage 0: learning rate 0.05, from epoch 2\n" in resumed
+    best = find_best(log / "1")
+    config = checkpoints.load(best).config
+    assert (config.dropout, config.weight_decay) == (0, 0.1)
+    (row,) = history_of(log / "1")
+    expected = validation_loss_of(best, tiny_dataset, 0.1)
+    assert row["val_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_published_log_folder(golden, tmp_path, capsys):
+    """The next stage starts from a published checkpoint; its own stage continues from it."""
+    folder = tmp_path / "data" / "tfrecord"
+    shutil.copytree(golden / "tfrecord", folder)
+    shutil.copy(folder / "train-0000-of-0001.tfrecord", folder / "val-0000-of-0001.tfrecord")
+    log = tmp_path / "log"
+    (log / "0").mkdir(parents=True)
+    published = log / "0" / "ckpt-e003-l0.1234.hdf5"
+    shutil.copy(golden / "checkpoints" / "basic-multi.hdf5", published)
+    shutil.copy(published, log / "0" / "ckpt-e002-l0.2.hdf5")  # not the best one
+    options = ("--init-features", 4, "--max-epochs", 1, "--lr", 1e-30)
+
+    more = ("--initial-stage", 1, "--num-lr-decays", 2)
+    assert train.main(arguments(tmp_path / "data", log, *options, *more)) == 0
+    said = capsys.readouterr().err
+    assert f"{published}: names no tags: using the tags of {tmp_path / 'data'}\n" in said
+    assert "stage 1: learning rate 2e-31, from epoch 0\n" in said
+    kernel, expected = (weights_of(path)[0] for path in (log / "1" / "resume.keras", published))
+    np.testing.assert_array_equal(kernel, expected)
+    assert checkpoints.load(log / "1").tags == open_dataset(tmp_path / "data").tags
+
+    assert train.main(arguments(tmp_path / "data", log, *options, "--num-lr-decays", 1)) == 0
+    said = capsys.readouterr().err
+    assert (
+        f"stage 0: {published} has no training history: continuing from its weights at epoch 4, "
+        "with zero momentum\n"
+    ) in said
+    (row,) = history_of(log / "0")
+    assert row["epoch"] == 4 and row["val_loss"] > 0
+    np.testing.assert_array_equal(weights_of(log / "0" / "resume.keras")[0], expected)
+
+
+def test_a_converted_model_cannot_resume_its_stage(tiny_dataset, tmp_path, capsys):
+    """A model file without training state starts the next stage only."""
     dataset = open_dataset(tiny_dataset)
     config = NetworkConfig(block="basic", init_features=2, num_tags=len(dataset.tags))
     (tmp_path / "log" / "0").mkdir(parents=True)
     path = tmp_path / "log" / "0" / checkpoint_name(0, 0.5)
     save(path, Checkpoint(build_network(config), config, dataset.tags, dataset.sample_rate))
     assert start(tiny_dataset, tmp_path / "log", 0) == 1
-    assert f"{path}: does not say where its training stood" in capsys.readouterr().err
+    assert f"{path}: has no training state" in capsys.readouterr().err
     assert start(tiny_dataset, tmp_path / "log", 1, max_epochs=1) == 0
 
 
-# --- What goes wrong -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("state", "options"),
+    [
+        # Options that are stricter than those of the earlier run.
+        ({"finished": False}, ("--max-epochs", 1)),
+        ({"finished": False, "epochs_without_improvement": 2}, ("--patience", 1)),
+        # Finished by a version whose --patience 2 ended a stage one epoch earlier.
+        ({"finished": True, "epochs_without_improvement": 2}, ("--patience", 2)),
+    ],
+)
+def test_a_stage_that_is_over_trains_no_more(tiny_dataset, trained, log, capsys, state, options):
+    edit_state(log, **state)
+    options = ("--num-lr-decays", 1, "--max-epochs", 3, "--lr", 0.05, *options)
+    assert train.main(arguments(tiny_dataset, log, *options)) == 0
+    assert "stage 0: already finished" in capsys.readouterr().err
+    assert history_of(log / "0") == history_of(trained / "0")
 
 
-def test_a_loss_that_is_no_number(tiny_dataset, trained, tmp_path, capsys):
-    log = Path(shutil.copytree(trained, tmp_path / "log"))
+def test_resuming_without_the_earlier_momentum_is_refused(tiny_dataset, log, capsys):
+    edit_state(log, finished=False)
+    assert start(tiny_dataset, log, 0, "--momentum", 0) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{log / '0'}: was trained with --momentum 0.9, now 0: use the same" in last
+
+
+# --- Errors and options --------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite(tiny_dataset, log, capsys):
     best = find_best(log / "1").read_bytes()
     more = ("--lr", 1e30, "--num-lr-decays", 3, "--max-epochs", 2)
     assert train.main(arguments(tiny_dataset, log, *more)) == 1
@@ -429,39 +489,69 @@ def test_a_loss_that_is_no_number(tiny_dataset, trained, tmp_path, capsys):
 
 
 def test_a_damaged_shard(tiny_dataset, tmp_path, capsys):
-    """What the reading threads find comes out as the same one line."""
+    """Errors of the reading threads are reported in one line."""
     data_dir = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
     shard = sorted((data_dir / "tfrecord").glob("train-*"))[0]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
-    more = ("--num-lr-decays", 1, "--max-epochs", 1)
-    assert train.main(arguments(data_dir, tmp_path / "log", *more)) == 1
+    assert train.main(arguments(data_dir, tmp_path / "log", *ONE_EPOCH)) == 1
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.endswith("build_mtt.py again")
+    assert "build_mtt.py" in message
     assert f"error: {shard}: record " in message
 
 
 @pytest.mark.parametrize(
-    ("more", "status", "part"),
+    ("more", "part"),
     [
-        (("--batch-size", 22), 2, "--batch-size 22: more than the 21 training segments"),
-        (("--initial-stage", 5), 2, "--initial-stage 5: there are 5 stages"),
-        (("--block", "se", "--alpha", 0.1), 2, "alpha 0.1"),
+        (("--batch-size", 22), "--batch-size 22: more than the 21 training segments"),
+        (("--initial-stage", 5), "--initial-stage 5: there are 5 stages"),
+        (("--block", "se", "--alpha", 0.1), "alpha 0.1"),
     ],
 )
-def test_options_that_do_not_fit(tiny_dataset, tmp_path, capsys, more, status, part):
-    assert train.main(arguments(tiny_dataset, tmp_path / "log", *more)) == status
+def test_options_that_do_not_fit(tiny_dataset, tmp_path, capsys, more, part):
+    assert train.main(arguments(tiny_dataset, tmp_path / "log", *more)) == 2
     assert part in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "log").exists()
 
 
-def test_errors_are_of_python_too(tiny_dataset, tmp_path):
+def test_errors_are_exceptions_in_python(tiny_dataset, tmp_path):
     config = NetworkConfig(block="basic", init_features=2)
     with pytest.raises(UsageError, match="batch-size 99"):
-        train.train(tiny_dataset, tmp_path, config, Options(batch_size=99))
+        train.train(tiny_dataset, tmp_path, config, TrainingOptions(batch_size=99))
+    with pytest.raises(UsageError, match="--device-cache on: needs KERAS_BACKEND=jax"):
+        train.train(tiny_dataset, tmp_path, config, TrainingOptions(4, device_cache="on"))
     with pytest.raises(TrainingError, match="the loss is"):
-        train.train(tiny_dataset, tmp_path, config, Options(batch_size=4, lr=1e30, jit="off"))
+        train.train(tiny_dataset, tmp_path, config, TrainingOptions(batch_size=4, lr=1e30))
+
+
+def test_a_second_training_is_refused(tiny_dataset, log, capsys):
+    options = arguments(tiny_dataset, log, *TWO_STAGES)
+    leftover = log / "0" / ".resume.keras.node1.123.0badcafe.tmp.keras"
+    leftover.touch()
+    with files.only_run(log, "training", TrainingError):
+        assert train.main(options) == 1
+    assert f"error: {log}: another training is " in capsys.readouterr().err.splitlines()[-1]
+    assert leftover.exists(), "the other training may be writing it"
+    assert train.main(options) == 0
+    assert not leftover.exists()
+
+
+def test_ignored_options_that_differ_from_the_shards(tiny_dataset, log, capsys):
+    """tiny_dataset has shards of 4 or 6 clips, and clips of 1 to 3 segments."""
+    for given, expected in (
+        ((), []),
+        (("--num-audios-per-shard", 4), []),
+        (
+            ("--num-audios-per-shard", 100, "--num-segments-per-audio", 10),
+            ["--num-segments-per-audio 10: ignored", "--num-audios-per-shard 100: ignored"],
+        ),
+    ):
+        assert train.main(arguments(tiny_dataset, log, *TWO_STAGES, *given)) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--num")]
+        assert len(lines) == len(expected)
+        for line, part in zip(lines, expected, strict=True):
+            assert line.startswith(part)
 
 
 def test_published_options(capsys):
@@ -488,268 +578,9 @@ def test_published_options(capsys):
         "--num-segments-per-audio": "10",
         "--num-read-threads": "8",
     }.items():
-        # An entry is the option, its help, and its default last; defaults have no parenthesis.
+        # An entry is the option, its help, and its default at the end.
         entry = next(part for part in entries if part.startswith(f"{option} "))
         assert f"(default: {default})" in entry, option
         value = getattr(train.build_parser().parse_args([]), option[2:].replace("-", "_"))
         assert value == type(value)(default), option
     assert "--no-multi" in shown
-
-
-def test_a_second_training_is_refused(tiny_dataset, trained, tmp_path, capsys):
-    log = Path(shutil.copytree(trained, tmp_path / "log"))
-    options = arguments(tiny_dataset, log, *TWO_STAGES)
-    leftover = log / "0" / ".resume.keras.node1.123.0badcafe.tmp.keras"
-    leftover.touch()
-    with files.only_run(log, "training", TrainingError):
-        assert train.main(options) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"{Path(sys.argv[0]).name}: error: {log}: another training is at work here"
-    assert leftover.exists(), "it may be the other's"
-    assert train.main(options) == 0
-    assert not leftover.exists()
-
-
-def unfinished(trained, log):
-    """Copy a training, as if an earlier command had asked for more epochs of its first stage."""
-    shutil.copytree(trained, log)
-    shutil.rmtree(log / "1")
-    path = log / "0" / "resume.keras"
-    checkpoint = checkpoints.load(path)
-    checkpoint.training["state"]["finished"] = False
-    trainer = compile_trainer(checkpoint.network, Options(lr=0.05), stage=0, jit=False)
-    checkpoints.load_optimizer(path, trainer)
-    save(path, checkpoint, trainer)
-
-
-def test_fewer_epochs_than_there_are_train_no_more(tiny_dataset, trained, tmp_path, capsys):
-    unfinished(trained, tmp_path / "log")
-    options = ("--num-lr-decays", 1, "--max-epochs", 1, "--lr", 0.05, "--seed", 3)
-    assert train.main(arguments(tiny_dataset, tmp_path / "log", *options)) == 0
-    assert "stage 0: finished earlier" in capsys.readouterr().err
-    assert history_of(tmp_path / "log" / "0") == history_of(trained / "0")
-
-
-def test_lower_patience_than_there_was_trains_no_more(tiny_dataset, trained, tmp_path, capsys):
-    unfinished(trained, tmp_path / "log")
-    path = tmp_path / "log" / "0" / "resume.keras"
-    checkpoint = checkpoints.load(path)
-    checkpoint.training["state"]["epochs_without_improvement"] = 1
-    save(path, checkpoint)
-    options = ("--num-lr-decays", 1, "--max-epochs", 3, "--patience", 1, "--lr", 0.05)
-    assert train.main(arguments(tiny_dataset, tmp_path / "log", *options)) == 0
-    assert "stage 0: finished earlier" in capsys.readouterr().err
-    assert history_of(tmp_path / "log" / "0") == history_of(trained / "0")
-
-
-def test_going_on_without_the_momentum_there_was_is_refused(
-    tiny_dataset, trained, tmp_path, capsys
-):
-    unfinished(trained, tmp_path / "log")
-    options = ("--num-lr-decays", 1, "--max-epochs", 3, "--lr", 0.05, "--momentum", 0)
-    assert train.main(arguments(tiny_dataset, tmp_path / "log", *options)) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert f"{tmp_path / 'log' / '0'}: was trained with --momentum 0.9, now 0: use the same" in last
-
-
-def test_events_that_an_end_has_kept_are_written_later(tmp_path):
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    rows = [{"epoch": epoch, "loss": 0.5 - 0.1 * epoch} for epoch in range(3)]
-    for history, row in ((rows[:0], rows[0]), (rows[:1], rows[1]), (rows[:3], None)):
-        events = train.EventLog(tmp_path, history)
-        if row:
-            events.write(row)
-        events.close()
-    steps = sorted(
-        event.step
-        for path in tmp_path.glob("events.out.tfevents.*")
-        for event in EventFileLoader(str(path)).Load()
-        if event.HasField("summary")
-    )
-    assert steps == [0, 1, 2]
-
-
-# --- Interruptions -------------------------------------------------------------------------------
-
-
-class Run:
-    """A training in a process of its own, whose talk is followed line by line."""
-
-    def __init__(self, *options):
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *options],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "KERAS_BACKEND": "tensorflow"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.talk = ""
-
-    def read_until(self, words):
-        """Read what is said until these words come, at most two minutes."""
-        deadline = time.monotonic() + 120
-        while words not in self.talk:
-            character = self.process.stderr.read(1)
-            assert character and time.monotonic() < deadline, self.talk
-            self.talk += character
-
-    def end(self, signal_number=None):
-        """Send a signal, wait for the end, and give the exit status."""
-        if signal_number is not None:
-            self.process.send_signal(signal_number)
-        printed, talk = self.process.communicate(timeout=120)
-        self.talk += talk
-        assert printed == ""
-        return self.process.returncode
-
-
-def assert_same_runs(log, other):
-    """Check that two runs of two stages left the same, but for the time they took."""
-    for stage in ("0", "1"):
-        assert_same_weights(log / stage / "resume.keras", other / stage / "resume.keras")
-        assert names_in(log / stage) == names_in(other / stage)
-        for row, expected in zip(history_of(log / stage), history_of(other / stage), strict=True):
-            assert row | {"seconds": 0} == expected | {"seconds": 0}
-
-
-@pytest.mark.slow
-def test_a_run_ended_by_sigterm_goes_on_to_the_same_weights(
-    tiny_dataset, trained, tmp_path, capsys
-):
-    options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
-    run = Run(*options)
-    run.read_until("stage 0 epoch 0: loss")
-    assert run.end(signal.SIGTERM) == 143
-    assert run.talk.splitlines()[-1].endswith(
-        "train.py: error: ended by SIGTERM: the same command goes on from the last finished epoch"
-    )
-    assert len(history_of(tmp_path / "log" / "0")) == 1
-    assert train.main(options) == 0
-    assert "stage 0: learning rate 0.05, from epoch 1\n" in capsys.readouterr().err
-    assert_same_runs(tmp_path / "log", trained)
-
-
-@pytest.mark.parametrize(
-    ("failing", "epoch"),
-    [
-        ("ckpt-e000", 0),
-        pytest.param("resume.keras", 0, marks=pytest.mark.slow),
-        pytest.param("ckpt-e001", 1, marks=pytest.mark.slow),
-        pytest.param("resume.keras", 1, marks=pytest.mark.slow),
-        pytest.param("training.csv", 1, marks=pytest.mark.slow),
-    ],
-)
-def test_a_write_that_fails_loses_nothing(
-    tiny_dataset, trained, tmp_path, capsys, monkeypatch, failing, epoch
-):
-    """In an epoch, the best one so far, no space is left for one of its files."""
-    log = tmp_path / "log" / "0"
-    options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
-    rename = os.replace
-    num_renamed = Counter()
-
-    def replace(source, target):
-        name = Path(target).name
-        if name.startswith(failing) and num_renamed[name] == (0 if "ckpt" in name else epoch):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        num_renamed[name] += 1
-        rename(source, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", replace)
-        assert train.main(options) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: {log / failing}" in last and last.endswith(": No space left on device")
-    for path in log.glob("*.keras"):
-        checkpoints.load(path)
-        if path.name.startswith("ckpt"):
-            assert_same_weights(path, trained / "0" / path.name)
-    assert not [path for path in log.iterdir() if ".tmp" in path.name]
-    assert train.main(options) == 0
-    for path in (trained / "0").glob("ckpt-*"):
-        assert_same_weights(log / path.name, path)
-    assert_same_runs(tmp_path / "log", trained)
-
-
-@pytest.mark.slow
-def test_a_full_disk_loses_nothing(tiny_dataset, trained, small_disk):
-    options = arguments(tiny_dataset, small_disk / "log", *TWO_STAGES)
-    run = Run(*options)
-    run.read_until("stage 0 epoch 0: loss")
-    with contextlib.suppress(OSError), open(small_disk / "filler", "wb") as file:
-        while True:
-            file.write(bytes(4096))
-    assert run.end() == 1
-    assert "Traceback" not in run.talk
-    assert "No space left on device" in run.talk.splitlines()[-1]
-    log = small_disk / "log" / "0"
-    best = find_best(log)
-    assert_same_weights(best, trained / "0" / best.name)
-    checkpoints.load(log / "resume.keras")
-    (small_disk / "filler").unlink()
-    run = Run(*options)
-    assert run.end() == 0, run.talk
-    assert_same_runs(small_disk / "log", trained)
-
-
-@pytest.mark.slow
-def test_runs_killed_at_random_moments_go_on_to_the_same_weights(tiny_dataset, trained, tmp_path):
-    """The environment variable TRAINING_KILLS says how many times."""
-    options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
-    random = np.random.default_rng(0)
-    ends = Counter()
-    for number in range(int(os.environ.get("TRAINING_KILLS", "8"))):
-        if number % 4 == 0:
-            shutil.rmtree(tmp_path / "log", ignore_errors=True)
-        run = Run(*options)
-        run.read_until("TensorFlow backend on")
-        time.sleep(random.uniform(0, 6))
-        name = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT")[number % 4]
-        status = run.end(signal.Signals[name])
-        ends[name if status else "too late"] += 1
-        assert status in (0, {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name]), run.talk
-        for path in (tmp_path / "log").rglob("*.keras"):
-            if not path.name.startswith("."):
-                checkpoints.load(path)
-        for stage in ("0", "1"):
-            for path in (tmp_path / "log" / stage).glob("ckpt-*"):
-                assert_same_weights(path, trained / stage / path.name)
-        if number % 4 == 3:
-            assert train.main(options) == 0
-            assert_same_runs(tmp_path / "log", trained)
-    print(dict(ends))  # shown by pytest -rP
-
-
-@pytest.mark.slow
-def test_interrupted_runs_go_on_to_the_same_weights(tiny_dataset, trained, tmp_path):
-    """SIGTERM and SIGINT within an epoch, then SIGKILL, then to the end."""
-    options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
-    log = tmp_path / "log"
-
-    run = Run(*options)
-    run.read_until("stage 0: learning rate")
-    assert run.end(signal.SIGTERM) == 143
-    lines = run.talk.splitlines()
-    assert lines[-1].endswith(
-        "train.py: error: ended by SIGTERM: the same command goes on from the last finished epoch"
-    )
-    assert not list(log.rglob("*.keras")), "no epoch was finished"
-
-    run = Run(*options)
-    run.read_until("stage 0 epoch 0: loss")
-    assert run.end(signal.SIGINT) == 130
-    assert "ended by SIGINT: the same command goes on" in run.talk.splitlines()[-1]
-    assert "Traceback" not in run.talk
-    assert len(history_of(log / "0")) == 1
-
-    run = Run(*options)
-    run.read_until("stage 0: learning rate 0.05, from epoch 1")
-    run.read_until("stage 1 epoch 0: loss")
-    assert run.end(signal.SIGKILL) == -signal.SIGKILL
-
-    run = Run(*options)
-    assert run.end() == 0, run.talk
-    assert "stage 0: finished earlier" in run.talk
-    assert "stage 1: learning rate 0.01, from epoch 1" in run.talk
-    assert run.talk.endswith("log: all 2 stages are finished\n")
-
-    assert_same_runs(log, trained)

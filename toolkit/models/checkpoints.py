@@ -51,7 +51,7 @@ _DAMAGE = (
     OverflowError, struct.error,
 )  # fmt: skip
 
-_CHECKPOINT_NAME = re.compile(r"ckpt-e(\d{3,})-l(\d+\.\d{4})\.keras")
+_CHECKPOINT_NAME = re.compile(r"ckpt-e(\d{3,})-l(\d+\.\d+)\.(keras|hdf5)")
 
 
 @dataclass
@@ -94,7 +94,7 @@ def find_best(stage_dir: str | Path) -> Path | None:
     later one is the lower.
     """
     named = []
-    for path in Path(stage_dir).glob("ckpt-*.keras"):
+    for path in Path(stage_dir).glob("ckpt-*"):
         if match := _CHECKPOINT_NAME.fullmatch(path.name):
             named.append((float(match[2]), -int(match[1]), path))
     return min(named)[2] if named else None

@@ -1,16 +1,16 @@
-"""Training on JAX: several steps a dispatch, and the segments on the device where they fit.
+"""The training loop for JAX: several steps per dispatch, segments in device memory if they fit.
 
-At tens of thousands of segments a second the host cannot keep up: a segment is 236 KB. Where the
-training set fits the device's memory it is put there once, batches are gathered by number on the
-device, and many steps run in one call. The order is that of every other backend. Several devices,
-of several hosts perhaps, share each batch out among them.
+A segment takes 236 kB, so the host cannot deliver tens of thousands of segments per second. If the
+training segments fit into the device's memory, they are copied there once, batches are gathered on
+the device by segment number, and many steps run in one call. The order of the segments is the same
+as with every other backend. Several devices, of one or more hosts, share each batch.
 """
 
 from collections.abc import Callable, Iterator
 
 from input_data import INT16_SCALE, SegmentReader
 from toolkit import messages
-from toolkit.training.distribution import BATCH_AXIS, Job
+from toolkit.training.devices import BATCH_AXIS, Job
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,14 @@ import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Share of the device's free memory that the segments may take; the rest is for the network.
+# Share of the device's free memory that segments may use; the rest is for the network.
 _CACHE_SHARE = 0.6
-_CACHE_CHUNK = 256  # segments read and sent at a time
+_CACHE_CHUNK = 256  # segments copied to the device at a time
 _STEPS_PER_DISPATCH = 16
 
 
 def fits_device(segments: SegmentReader) -> bool:
-    """Whether all segments fit beside the network in an accelerator's memory."""
+    """Return whether all segments fit into the memory of a GPU or TPU, beside the network."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return False
@@ -36,20 +36,20 @@ def fits_device(segments: SegmentReader) -> bool:
 
 
 class JaxTrainer:
-    """Trains a compiled Keras model by calls of several steps.
+    """Trains a compiled Keras model, several steps per call.
 
     Parameters
     ----------
     trainer : keras.Model
-        Compiled with its optimizer and loss; its variables are those before and after each epoch.
+        Compiled model. Its variables are read before each epoch and updated after it.
     segments : SegmentReader or None
-        Where batches come from; None where only `run` is called.
+        Training segments; None if only `run` is called.
     device_cache : bool
-        Keep all segments in the memory of every device, as int16 where the shards do.
+        Keep all segments in the memory of every device, as int16 if the shards store int16.
     steps_per_dispatch : int or None
-        Steps a call; None for as many as suit the device.
+        Steps per call; None for 1 on a CPU and 16 on other devices.
     job : Job or None
-        The devices that share each batch; None for one.
+        The devices that share each batch; None for one device.
     """
 
     def __init__(
@@ -78,16 +78,16 @@ class JaxTrainer:
         Parameters
         ----------
         batch_size : int
-            Segments a step; a smaller last batch is left out.
+            Segments per step; a smaller last batch is dropped.
         order : np.ndarray [shape=(n,), dtype=int]
-            Segments of the epoch.
+            Numbers of the epoch's segments.
         after_steps : callable
-            Called with the number of steps done and the last one's loss.
+            Called after each step with the number of steps done and the loss of the last one.
 
         Returns
         -------
         float
-            Mean loss over the steps.
+            Mean loss of the steps.
         """
         num_steps = len(order) // batch_size
         rows = order[: num_steps * batch_size].reshape(num_steps, batch_size)
@@ -103,7 +103,7 @@ class JaxTrainer:
             waiting = None
             for inputs in self._dispatches(rows):
                 state, dispatched = self.run(state, *inputs)
-                take(waiting)  # the losses of the call before, while this one runs
+                take(waiting)  # read the losses of the previous call while this one runs
                 waiting = dispatched
             take(waiting)
         finally:
@@ -111,7 +111,7 @@ class JaxTrainer:
         return float(np.mean(losses))
 
     def state(self) -> tuple[list, list, list]:
-        """Take the model's and optimizer's values: trainable, not trainable, optimizer's."""
+        """Return the values of the trainable, non-trainable and optimizer variables."""
         trainer = self._trainer
         return (
             [variable.value for variable in trainer.trainable_variables],
@@ -120,7 +120,7 @@ class JaxTrainer:
         )
 
     def set_state(self, state: tuple[list, list, list]) -> None:
-        """Give values back to the model's and optimizer's variables."""
+        """Assign the values that `state` returned, or `run` updated, to the variables."""
         trainer = self._trainer
         owners = (
             trainer.trainable_variables,
@@ -132,23 +132,23 @@ class JaxTrainer:
                 variable.assign(value)
 
     def run(self, state: tuple, *inputs) -> tuple[tuple, jax.Array]:
-        """Run the steps of one dispatch; the given state is used up.
+        """Run the steps of one dispatch.
 
         Parameters
         ----------
         state : tuple
-            As `state` returns it.
+            Values as `state` returns them; their memory is reused (donated).
         *inputs : np.ndarray
-            Either the numbers of the segments [shape=(n_steps, batch), dtype=int32], or segments
-            [shape=(n_steps, batch, n_samples)] and labels [shape=(n_steps, batch, n_tags)]; of
-            each batch, this process's share.
+            Either numbers of cached segments [shape=(n_steps, batch), dtype=int32], or segments
+            [shape=(n_steps, batch, n_samples)] and labels [shape=(n_steps, batch, n_tags)]. With
+            several processes, only this process's rows of each batch.
 
         Returns
         -------
         state : tuple
-            After the steps.
+            Values after the steps.
         losses : jax.Array [shape=(n_steps,), dtype=float32]
-            One a step.
+            Loss of each step.
         """
         inputs = [_place(self._job, part, PartitionSpec(None, BATCH_AXIS)) for part in inputs]
         if len(inputs) == 1:
@@ -156,7 +156,7 @@ class JaxTrainer:
         return self._run_batches(state, *inputs)
 
     def set_cache(self, segments: np.ndarray, labels: np.ndarray) -> None:
-        """Keep these segments and labels on the device, for `run` by number."""
+        """Copy segments and labels to the device, so that `run` takes segment numbers."""
         self._cache = (jnp.asarray(segments), jnp.asarray(labels))
 
     def _dispatches(self, rows: np.ndarray) -> Iterator[tuple]:
@@ -207,9 +207,9 @@ class JaxTrainer:
 
 
 def _scan(step, state, inputs: tuple):
-    """Run a step over the first axis of its inputs; a single one without a loop.
+    """Run a step over the first axis of its inputs; without a loop if there is only one step.
 
-    XLA's CPU device computes convolutions within a loop without its fast kernels.
+    In a loop, XLA's CPU device does not use its fast convolution kernels.
     """
     if len(inputs[0]) > 1:
         return jax.lax.scan(step, state, inputs)
@@ -218,12 +218,12 @@ def _scan(step, state, inputs: tuple):
 
 
 class JaxPredictor:
-    """Predicts by all devices of this host alone, whatever other hosts do.
+    """Predicts on all devices of this host, independently of other hosts.
 
     Parameters
     ----------
     network : keras.Model
-        Of one output; its weights are taken as they are at each call.
+        Network with one output; each call uses its current weights.
     """
 
     def __init__(self, network: keras.Model):
@@ -232,19 +232,19 @@ class JaxPredictor:
         mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (BATCH_AXIS,))
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._shared_out = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
-        self._copied, self._copies = [], []  # values as the network has them, and of this host
+        self._copied, self._copies = [], []  # the network's values, and their copies on this host
         self._predict = jax.jit(
             lambda weights, x: network.stateless_call(*weights, x, training=False)[0],
             out_shardings=self._everywhere,
         )
 
     def predict_on_batch(self, batch: np.ndarray) -> np.ndarray:
-        """Predict a batch: (batch, n_samples) to (batch, n_tags)."""
+        """Predict a batch [shape=(batch, n_samples)] as probabilities [shape=(batch, n_tags)]."""
         weights = self._weights_of_host()
         return np.asarray(self._predict(weights, jax.device_put(batch, self._shared_out)))
 
     def _weights_of_host(self) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Copy the weights to this host's devices, where they have changed since the last copy."""
+        """Return copies of the weights on this host's devices; copy them again if they changed."""
         network = self._network
         groups = network.trainable_variables, network.non_trainable_variables
         values = [variable.value for variables in groups for variable in variables]
@@ -256,14 +256,14 @@ class JaxPredictor:
 
 
 def _place(job: Job, part: np.ndarray, spec: PartitionSpec):
-    """Put a process's part of an array on its devices; the first device has it unless told so."""
+    """Copy this process's part of an array to its devices."""
     if job.mesh is None:
         return part
     return jax.make_array_from_process_local_data(NamedSharding(job.mesh, spec), part)
 
 
 def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
-    """Put all segments on every device, some at a time so that the host holds few of them."""
+    """Copy all segments to every device, in chunks, so that the host holds few of them."""
     everywhere = job.mesh and NamedSharding(job.mesh, PartitionSpec())
     num_rows = segments.num_segments
     is_int16 = segments.is_int16()
@@ -274,16 +274,16 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     def place(whole, part, start):
         return jax.lax.dynamic_update_slice(whole, part, (start, 0))
 
-    # Donated, so that a device never holds the segments twice.
+    # Donated, so that a device does not hold the segments twice.
     place = jax.jit(place, donate_argnums=0, out_shardings=everywhere)
     order = np.arange(num_rows)
     start = 0
     with messages.progress(
-        total=num_rows, unit="segment", desc="to the device", leave=False
+        total=num_rows, unit="segment", desc="copying to the device", leave=False
     ) as bar:
         for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False):
             if is_int16:
-                x = (x * INT16_SCALE).astype(np.int16)  # as they were
+                x = (x * INT16_SCALE).astype(np.int16)  # exact: the stored values
             x, y = (_place(job, part, PartitionSpec()) for part in (x, y))
             samples, labels = place(samples, x, start), place(labels, y, start)
             start += len(x)

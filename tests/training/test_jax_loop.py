@@ -1,4 +1,4 @@
-"""Training on JAX: the same steps as Keras's own loop, however they are dispatched."""
+"""The training loop for JAX takes the same steps as Keras's loop, however they are dispatched."""
 
 import os
 import subprocess
@@ -20,14 +20,15 @@ ENVIRONMENT = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
 
 @pytest.mark.slow
 def test_loops_give_the_same_losses_and_weights(tiny_dataset):
-    """Keras's fit, a step a dispatch, three steps a dispatch, and segments on the device."""
+    """Keras's fit, one and three steps per dispatch, and segments in device memory."""
     program = """
         import sys
         import keras, numpy as np
         from input_data import SegmentReader, open_dataset, shuffled_order
-        from toolkit.training.jax_training import JaxTrainer
+        from toolkit.training.jax_loop import JaxTrainer
+        from toolkit.training.loop import compile_trainer
+        from toolkit.training.options import TrainingOptions
         from model import NetworkConfig, build_network
-        from train import Options, compile_trainer
 
         reader = SegmentReader(open_dataset(sys.argv[1]))
         order = shuffled_order(reader.num_segments, 0, 0, 0)
@@ -37,7 +38,7 @@ def test_loops_give_the_same_losses_and_weights(tiny_dataset):
             config = NetworkConfig(
                 "basic", num_tags=12, init_features=2, dropout=0.0, weight_decay=1e-3
             )
-            return compile_trainer(build_network(config), Options(lr=0.01), 0, True)
+            return compile_trainer(build_network(config), TrainingOptions(lr=0.01), 0, True)
 
         expected = trainer()
         steps = len(order) // 4
@@ -96,9 +97,10 @@ def test_int16_segments_stay_so_on_the_device_and_train_the_same(tmp_path):
         import sys
         import keras, numpy as np
         from input_data import SegmentReader, open_dataset, shuffled_order
-        from toolkit.training.jax_training import JaxTrainer
+        from toolkit.training.jax_loop import JaxTrainer
+        from toolkit.training.loop import compile_trainer
+        from toolkit.training.options import TrainingOptions
         from model import NetworkConfig, build_network
-        from train import Options, compile_trainer
 
         reader = SegmentReader(open_dataset(sys.argv[1]))
         order = shuffled_order(reader.num_segments, 0, 0, 0)
@@ -106,7 +108,7 @@ def test_int16_segments_stay_so_on_the_device_and_train_the_same(tmp_path):
         for cache in (False, True):
             keras.utils.set_random_seed(1)
             config = NetworkConfig("basic", num_tags=12, init_features=2, dropout=0.0)
-            model = compile_trainer(build_network(config), Options(lr=0.01), 0, True)
+            model = compile_trainer(build_network(config), TrainingOptions(lr=0.01), 0, True)
             runner = JaxTrainer(model, reader, cache)
             losses.append(runner.run_epoch(4, order, lambda step, loss: None))
         print(runner._cache[0].dtype, losses[0] == losses[1], np.isfinite(losses).all())

@@ -1,4 +1,4 @@
-"""Training on several devices and hosts, all of them on one CPU: equal losses, and lost hosts."""
+"""Training on several devices and hosts, simulated on one CPU: equal losses, and lost hosts."""
 
 import csv
 import os
@@ -15,18 +15,19 @@ import build_mtt
 
 import pytest
 from conftest import write_dataset
+from training_runs import validation_loss_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
-    # The network is the same everywhere: compiled once, not by each of some thirty processes.
+    # Compile the network once, not in each of some thirty processes.
     "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="jax-"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 OPTIONS = (
     "--block", "se", "--init-features", "2", "--alpha", "2", "--batch-size", "4",
-    "--num-lr-decays", "1", "--max-epochs", "2",
+    "--weight-decay", "0.01", "--num-lr-decays", "1", "--max-epochs", "2",
 )  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def start_job(data_dir, train_dir, *options, processes=2, **more):
 
 
 def finish(*trainings):
-    """Wait for all to end well, and give what each said."""
+    """Wait until all have succeeded; return the messages of each."""
     written = [training.communicate(timeout=300) for training in trainings]
     said = [errors for _, errors in written]
     assert [training.returncode for training in trainings] == [0] * len(trainings), said
@@ -86,7 +87,7 @@ def read_losses(train_dir):
 
 
 @pytest.mark.slow
-def test_one_process_two_devices_and_two_processes_lose_the_same(tiny_dataset, tmp_path):
+def test_one_process_two_devices_and_two_processes_have_equal_losses(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
     finish(start_training(tiny_dataset, tmp_path / "alone"))
     (said,) = finish(start_training(tiny_dataset, tmp_path / "devices", "--distribute", devices=2))
@@ -98,22 +99,26 @@ def test_one_process_two_devices_and_two_processes_lose_the_same(tiny_dataset, t
     )
     first, second = finish(*start_job(tiny_dataset, tmp_path / "processes"))
     assert "2 devices in 2 processes," in first
-    assert second == ""  # the first alone talks
+    assert second == ""  # only the first one prints messages
     first, _ = finish(*start_job(tiny_dataset, tmp_path / "both", devices=2))
     assert "4 devices in 2 processes," in first
-    # A second stage, in the folder of a job that has ended.
+    # A second stage, in the folder of a finished job.
     first, _ = finish(
         *start_job(
             tiny_dataset, tmp_path / "processes", "--num-lr-decays", "2", "--max-epochs", "2"
         )
     )
-    assert "stage 0: finished earlier" in first and "stage 1: best checkpoint on test" in first
+    assert "stage 0: already finished" in first and "stage 1: best checkpoint on test" in first
     expected = read_losses(tmp_path / "alone")
     for name in ("devices", "cached", "processes", "both"):
         losses = read_losses(tmp_path / name)
         assert losses[:2] == pytest.approx(expected[:2], abs=1e-5), name
-        # What is rounded otherwise grows from then on.
+        # Rounding differences grow from then on.
         assert losses[3:5] == pytest.approx(expected[3:5], abs=1e-3), name
+        # Validation includes the L2 penalty, and is the same as on one device.
+        last = tmp_path / name / "0" / "resume.keras"
+        expected_loss = validation_loss_of(last, tiny_dataset, 0.01)
+        assert losses[4] == pytest.approx(expected_loss, abs=1e-5), name
         files = sorted(path.name for path in (tmp_path / name / "0").iterdir())
         assert [path for path in files if not path.startswith(("ckpt", "events"))] == [
             "resume.keras", "test.json", "training.csv",
@@ -122,10 +127,10 @@ def test_one_process_two_devices_and_two_processes_lose_the_same(tiny_dataset, t
 
 
 @pytest.mark.slow
-def test_wrong_environment_and_options_are_refused_with_what_would_work(tiny_dataset, tmp_path):
+def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
     for environment, options, expected in (
-        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: not a whole number"),
+        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: not an integer"),
         (
             {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "2"}, (),
             "PROCESS_ID=2: the processes are 0 to 1",
@@ -143,18 +148,18 @@ def test_wrong_environment_and_options_are_refused_with_what_would_work(tiny_dat
         ),
         (
             {"KERAS_DISTRIBUTION_JOB_ADDRESSES": "node1:9331"}, (),
-            "NUM_PROCESSES: expected how many processes train together",
+            "NUM_PROCESSES: expected the number of processes that train together",
         ),
         (
             {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}, (),
-            "PROCESS_ID: expected which of the processes this is",
+            "PROCESS_ID: expected the number of this process",
         ),
         ({"KERAS_BACKEND": "torch"}, (), "--distribute: needs KERAS_BACKEND=jax"),
         (
             {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, (),
-            "--batch-size 4: cannot be shared out evenly among 3 devices: use 3 or 6",
+            "--batch-size 4: cannot be divided evenly among 3 devices: use 3 or 6",
         ),
-        ({}, ("--jit", "off"), "leave out --jit off"),
+        ({}, ("--jit", "off"), "--jit off: --distribute with JAX needs a compiled network"),
     ):  # fmt: skip
         training = start_training(
             tiny_dataset, tmp_path / "log", "--distribute", *options, **environment
@@ -168,10 +173,10 @@ def test_wrong_environment_and_options_are_refused_with_what_would_work(tiny_dat
 @pytest.mark.parametrize(
     ("victim", "signal_number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
-def test_a_lost_host_ends_the_others_with_a_line_and_the_job_goes_on(
+def test_a_lost_host_ends_the_others_with_an_error_and_the_job_resumes(
     tiny_dataset, tmp_path, victim, signal_number
 ):
-    """SIGSTOP leaves connections open, as a host does that lost its power or its network."""
+    """SIGSTOP leaves connections open, like a host without power or network."""
     pytest.importorskip("jax")
     options = ("--max-epochs", "500", "--patience", "500")
     job = start_job(tiny_dataset, tmp_path / "log", *options)
@@ -188,12 +193,12 @@ def test_a_lost_host_ends_the_others_with_a_line_and_the_job_goes_on(
     assert job[1 - victim].returncode not in (0, None)
     (line,) = [line for line in said.splitlines() if line.startswith("train.py: error: ")]
     assert "another host was lost" in line
-    assert "the same command on all hosts goes on from the last finished epoch" in line
+    assert "run the same command on all hosts to resume from the last finished epoch" in line
 
     num_finished = len(read_losses(tmp_path / "log")) // 3
     options = ("--max-epochs", str(num_finished + 2), "--patience", "500")
     first, _ = finish(*start_job(tiny_dataset, tmp_path / "log", *options))
-    # The state may have been written, and its row of the table not yet.
+    # resume.keras may have been written, and training.csv not yet.
     starts = [f"from epoch {num_finished + more}\n" in first for more in (0, 1)]
     assert any(starts), first
     assert len(read_losses(tmp_path / "log")) // 3 == num_finished + 2
@@ -211,7 +216,7 @@ def wait_for_epochs(train_dir, num_epochs, job):
 
 
 @pytest.mark.slow
-def test_a_job_ended_by_sigterm_goes_on(tiny_dataset, tmp_path):
+def test_a_job_stopped_by_sigterm_resumes(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
     options = ("--max-epochs", "500", "--patience", "500")
     job = start_job(tiny_dataset, tmp_path / "log", *options)
@@ -219,7 +224,7 @@ def test_a_job_ended_by_sigterm_goes_on(tiny_dataset, tmp_path):
     for training in job:
         training.send_signal(signal.SIGTERM)
     said = [training.communicate(timeout=60)[1] for training in job]
-    # The second may wait for the first, which has ended.
+    # The second process may wait for the first one, which has ended.
     assert job[0].returncode == 143 and job[1].returncode in (143, 1, 134), said
     options = ("--max-epochs", str(len(read_losses(tmp_path / "log")) // 3 + 1))
     first, _ = finish(*start_job(tiny_dataset, tmp_path / "log", *options))
@@ -227,7 +232,7 @@ def test_a_job_ended_by_sigterm_goes_on(tiny_dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_hosts_that_see_different_data_are_told(tiny_dataset, tmp_path, tmp_path_factory):
+def test_hosts_with_different_data_are_refused(tiny_dataset, tmp_path, tmp_path_factory):
     pytest.importorskip("jax")
     other = write_dataset(tmp_path_factory.mktemp("other"))
     build_mtt.build(other, num_audios_per_shard=6, num_workers=1)
@@ -245,11 +250,11 @@ def test_hosts_that_see_different_data_are_told(tiny_dataset, tmp_path, tmp_path
 
 
 @pytest.mark.slow
-def test_hosts_of_other_options_or_another_folder_are_told(tiny_dataset, tmp_path):
+def test_hosts_with_different_options_or_folders_are_refused(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
     for logs, rates, expected in (
         (("log", "log"), ("0.01", "0.02"), "options: not the same on all hosts: give all the same"),
-        (("here", "there"), ("0.01", "0.01"), "not the same on all hosts: give a folder"),
+        (("here", "there"), ("0.01", "0.01"), "not the same on all hosts: use a folder"),
     ):
         port = free_port()
         job = [
@@ -274,7 +279,7 @@ def test_a_bug_in_one_process_ends_the_others(tiny_dataset, tmp_path):
         if os.environ["KERAS_DISTRIBUTION_PROCESS_ID"] == "1":
             def broken(*_):
                 raise ValueError("a bug")
-            train._validate = broken
+            train.validate = broken
         sys.exit(train.main(sys.argv[1:]))
     """
     port = free_port()
@@ -303,10 +308,10 @@ def test_each_process_takes_all_devices_of_its_host_under_slurm():
     program = """
         import sys
         import jax, keras
-        from toolkit.training import distribution
+        from toolkit.training import devices
         jax.distributed.initialize = lambda *_, **options: print(options, file=sys.stderr)
         try:
-            with distribution.start(lambda: None):
+            with devices.open_job(True, lambda: None):
                 pass
         except Exception:
             pass
@@ -323,7 +328,7 @@ def test_each_process_takes_all_devices_of_its_host_under_slurm():
         },
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    # JAX would give each process one device, were it left to find out.
+    # By default, JAX would use one device per process.
     assert "'cluster_detection_method': 'deactivate'" in finished.stderr
 
 
@@ -340,8 +345,8 @@ def test_two_devices_of_tensorflow_train_as_one(tiny_dataset, tmp_path):
         sys.exit(train.main(sys.argv[1:]))
     """
     for name, options in (("one", ()), ("two", ("--distribute",))):
-        # Each device draws dropout for itself; compiled, one device would round otherwise, by as
-        # much as 1e-3 on some processors.
+        # Dropout masks differ between devices. Compiled, one device would round differently, by
+        # up to 1e-3 on some processors.
         command = ["--data-dir", tiny_dataset, "--train-dir", tmp_path / name, *OPTIONS]
         command += ["--dropout", "0", "--jit", "off", *options]
         finished = subprocess.run(
@@ -351,5 +356,7 @@ def test_two_devices_of_tensorflow_train_as_one(tiny_dataset, tmp_path):
         )  # fmt: skip
         assert finished.returncode == 0, finished.stderr
         assert ("2 devices in 1 process," in finished.stderr) == (name == "two")
-    losses = [read_losses(tmp_path / name)[:2] for name in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    one, two = (read_losses(tmp_path / name) for name in ("one", "two"))
+    assert two[:2] == pytest.approx(one[:2], abs=1e-3)
+    last = tmp_path / "two" / "0" / "resume.keras"
+    assert two[4] == pytest.approx(validation_loss_of(last, tiny_dataset, 0.01), abs=1e-5)

@@ -1,0 +1,143 @@
+"""The first training steps are those of the published network, loss and optimizer.
+
+The expected values are from the published program with all gradients of a step taken before any
+update, and without dropout (tests/golden/README.md, training_ordered). Later steps diverge by
+rounding.
+
+    KERAS_BACKEND=jax python tests/training/test_golden_steps.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+NAMES = ("se", "basic", "rese", "res", "rese-l2")
+# Tolerances of the first loss, of all weights after step 1, and of the losses of steps 2 and 3.
+TOLERANCES = (1e-6, 1e-5, 1e-4)
+# Exceptions: the golden values are float32 themselves. Compared with float64, their losses for
+# basic differ by 8.8e-5; for res, rounding in a near tie of the first step (such as two values of
+# a max pooling that differ by 2e-6) changes the weights by 1.4e-4 and the losses by 1.3e-3.
+BASIC_TOLERANCES = (1e-6, 1e-5, 2e-4)
+RES_TOLERANCES = (1e-6, 2e-4, 2e-3)  # with code that rounds differently; TensorFlow plain does not
+
+
+def read_steps(num_steps=3):
+    """Read the segments [shape=(num_steps, 4, 59049)] and labels [shape=(num_steps, 4, 50)]."""
+    from input_data import read_clips
+
+    shards = ("train-0000-of-0001.tfrecord", "test-0000-of-0001.seq.tfrecord")
+    clips = list(read_clips([GOLDEN / "tfrecord" / name for name in shards]))
+    segments = np.concatenate([clip.segments for clip in clips])  # (20, 59049)
+    labels = np.repeat([clip.labels for clip in clips], [len(c.segments) for c in clips], axis=0)
+    rows = np.random.RandomState(0).randint(0, 20, (30, 4))[:num_steps]
+    return segments[rows], labels[rows].astype(np.float32)
+
+
+def train_three_steps(name, jit):
+    """Return the losses of three steps, and all weights after the first one."""
+    from model import build_network
+    from toolkit.models import checkpoints
+    from toolkit.models.config import NetworkConfig
+    from toolkit.training.loop import compile_trainer
+    from toolkit.training.options import TrainingOptions
+
+    import keras
+
+    initial = checkpoints.load(GOLDEN / "training_ordered" / f"{name}-initial.hdf5")
+    weight_decay = 0.001 if name == "rese-l2" else 0.0
+    changed = {"dropout": 0.0, "weight_decay": weight_decay}
+    network = build_network(NetworkConfig(**initial.config.to_json() | changed))
+    network.set_weights(initial.network.get_weights())
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0  # also the blocks' own
+    trainer = compile_trainer(network, TrainingOptions(batch_size=4), 0, jit)
+    step = make_jax_step(trainer) if keras.backend.backend() == "jax" else make_keras_step(trainer)
+    losses = []
+    for x, y in zip(*read_steps(), strict=True):
+        losses.append(step(x, y))
+        if len(losses) == 1:
+            weights = network.get_weights()
+    return losses, weights
+
+
+def make_keras_step(trainer):
+    def step(x, y):
+        trainer.reset_metrics()
+        return float(trainer.train_on_batch(x, y))
+
+    return step
+
+
+def make_jax_step(trainer):
+    from toolkit.training.jax_loop import JaxTrainer
+
+    runner = JaxTrainer(trainer)
+
+    def step(x, y):
+        state, losses = runner.run(runner.state(), x[np.newaxis], y[np.newaxis])
+        runner.set_state(state)
+        return float(losses[0])
+
+    return step
+
+
+def differences_of(name, jit):
+    """Return how far the first loss, the weights after step 1 and the next two losses differ."""
+    from toolkit.models import checkpoints
+
+    losses, weights = train_three_steps(name, jit)
+    folder = GOLDEN / "training_ordered"
+    expected = checkpoints.load(folder / f"{name}-step01.hdf5").network.get_weights()
+    by_loss = np.abs(np.array(losses) - np.loadtxt(folder / f"{name}-loss.txt")[:3])
+    by_weight = [np.abs(w - e).max() for w, e in zip(weights, expected, strict=True)]
+    return float(by_loss[0]), float(max(by_weight)), float(by_loss[1:].max())
+
+
+def assert_close(name, differences, rounds_alike=False):
+    tolerances = {"basic": BASIC_TOLERANCES}.get(name, TOLERANCES)
+    if name == "res" and not rounds_alike:
+        tolerances = RES_TOLERANCES
+    print(name, *(f"{difference:.1e}" for difference in differences))  # shown by pytest -rP
+    assert all(np.array(differences) <= tolerances), (name, differences, tolerances)
+
+
+@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_with_tensorflow(name, jit):
+    assert_close(name, differences_of(name, jit), rounds_alike=not jit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_steps_with_other_backends(backend):
+    pytest.importorskip(backend)
+    finished = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {
+            "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    found = json.loads(finished.stdout.splitlines()[-1])
+    assert found.pop("backend") == backend
+    assert list(found) == list(NAMES)
+    for name, differences in found.items():
+        assert_close(name, differences)
+
+
+if __name__ == "__main__":
+    import keras
+
+    is_jax = keras.backend.backend() == "jax"
+    found = {name: differences_of(name, is_jax) for name in NAMES}
+    print(json.dumps({"backend": keras.backend.backend()} | found))

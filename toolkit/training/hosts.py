@@ -1,0 +1,193 @@
+"""Connecting the processes of several hosts, which train together with JAX.
+
+The processes find each other through Keras's environment variables:
+
+    KERAS_DISTRIBUTION_JOB_ADDRESSES   host:port of every process, or of the first one only
+    KERAS_DISTRIBUTION_NUM_PROCESSES   number of processes
+    KERAS_DISTRIBUTION_PROCESS_ID      number of this process, from 0
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from toolkit.errors import ToolkitError, TrainingError, UsageError
+
+ADDRESSES = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
+NUM_PROCESSES = "KERAS_DISTRIBUTION_NUM_PROCESSES"
+PROCESS_ID = "KERAS_DISTRIBUTION_PROCESS_ID"
+# Heartbeat and start-up timeouts, in seconds.
+_LOST_SECONDS = 30
+_START_SECONDS = 300
+_LAST_SECONDS = 5  # time for the other processes to print their own error
+_RESUME_HINT = "run the same command on all hosts to resume from the last finished epoch"
+# Messages of Gloo, NCCL and JAX's coordination service when another process is gone; their
+# exceptions have no common type.
+_LOST = re.compile(
+    r"Gloo|NCCL|coordination service|heartbeat|Connection (closed|reset)|UNAVAILABLE|"
+    r"DEADLINE_EXCEEDED"
+)
+
+
+def read_environment() -> tuple[int, int]:
+    """Return the number of processes and the number of this one.
+
+    Raises
+    ------
+    UsageError
+        The environment variables are invalid.
+    """
+    values = []
+    for name, default in ((NUM_PROCESSES, "1"), (PROCESS_ID, "0")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise UsageError(f"{name}={text}: not an integer")
+        values.append(int(text))
+    num_processes, process = values
+    if num_processes < 1 or (ADDRESSES in os.environ and NUM_PROCESSES not in os.environ):
+        raise UsageError(f"{NUM_PROCESSES}: expected the number of processes that train together")
+    if num_processes > 1 and PROCESS_ID not in os.environ:
+        raise UsageError(f"{PROCESS_ID}: expected the number of this process, from 0")
+    if process >= num_processes:
+        raise UsageError(
+            f"{PROCESS_ID}={process}: the processes are 0 to {num_processes - 1} "
+            f"({NUM_PROCESSES}={num_processes})"
+        )
+    return num_processes, process
+
+
+@contextmanager
+def connected(num_processes: int, process: int, check_stop: Callable[[], None]) -> Iterator[None]:
+    """Connect this process to the others; report it if one of them is lost.
+
+    Parameters
+    ----------
+    num_processes, process : int
+        Number of processes, and the number of this one. Nothing happens if there is only one.
+    check_stop : callable
+        Raises if this process received a signal. Then the other processes probably received it
+        too, and are not reported as lost.
+
+    Raises
+    ------
+    TrainingError
+        Another host did not start or was lost.
+    """
+    if num_processes == 1:
+        yield
+        return
+    monitor = _start_monitor()
+    try:
+        with _stdout_discarded():
+            _connect(_first_address(num_processes), num_processes, process)
+            yield
+    except (ToolkitError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or not _LOST.search(str(error)):
+            raise
+        check_stop()
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"another host was lost ({reason}): {_RESUME_HINT}") from error
+    finally:
+        monitor.communicate(b"finished")
+
+
+def run_process(run: Callable[[], int]) -> int:
+    """Run one process of a job and end it at once after an error.
+
+    At exit, JAX would wait for the other processes, which wait for this one.
+    """
+    try:
+        status = run()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    jax = sys.modules.get("jax")
+    if status and jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            # JAX's coordination service ends with the first process and aborts the others.
+            time.sleep(_LAST_SECONDS)
+        os._exit(status)
+    return status
+
+
+def _first_address(num_processes: int) -> str:
+    addresses = os.environ.get(ADDRESSES, "").split(",")
+    if len(addresses) not in (1, num_processes) or not re.fullmatch(r"\S+:\d+", addresses[0]):
+        raise UsageError(
+            f"{ADDRESSES}={','.join(addresses)}: expected host:port of the first process, or of "
+            f"all {num_processes} processes, separated by commas"
+        )
+    return addresses[0]
+
+
+def _connect(address: str, num_processes: int, process: int) -> None:
+    """Connect to the other processes, as keras.distribution.initialize does."""
+    import jax
+
+    # SIGTERM is handled by toolkit.signals; JAX would take it as a notice of preemption.
+    jax.config.update("jax_enable_preemption_service", False)
+    # Python's signal handlers do not run while JAX waits: a signal must end the process.
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        jax.distributed.initialize(
+            address,
+            num_processes,
+            process,
+            initialization_timeout=_START_SECONDS,
+            heartbeat_timeout_seconds=_LOST_SECONDS,
+            # Under Slurm, JAX would otherwise use one device per process.
+            cluster_detection_method="deactivate",
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"{address}: not all {num_processes} processes connected ({reason}): check "
+            f"{ADDRESSES} and that every host runs the command"
+        ) from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _stdout_discarded() -> Iterator[None]:
+    """Discard what Gloo prints to stdout about its connections."""
+    sys.stdout.flush()
+    stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(null)
+
+
+def _start_monitor() -> subprocess.Popen:
+    """Start a small process that prints an error if this one ends without an error message.
+
+    When a host is lost, JAX aborts this process from one of its own threads, with a stack dump
+    that names no cause. Python code cannot handle that.
+    """
+    line = (
+        f"{os.path.basename(sys.argv[0])}: error: stopped because another host was lost or this "
+        f"process was killed: {_RESUME_HINT}\n"
+    )
+    program = "import sys\nif not sys.stdin.read(): sys.stderr.write(sys.argv[1])"
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", program, line],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # not stopped by Ctrl-C
+    )

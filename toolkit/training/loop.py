@@ -1,0 +1,154 @@
+"""Compiling the network for training, and training it for one epoch."""
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from input_data import shuffled_order
+from toolkit import messages
+from toolkit.errors import ToolkitError, TrainingError, UsageError
+from toolkit.training.options import TrainingOptions
+from toolkit.training.stage import Run
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+
+# Within a stage, the published program decays the learning rate: lr / (1 + decay * iteration).
+ITERATION_DECAY = 1e-6
+
+# Trains on segments in a given order, calls back with the number of steps done and the last loss,
+# and returns the mean loss.
+Loop = Callable[[np.ndarray, Callable[[int, float], None]], float]
+
+
+def compile_trainer(
+    network: "keras.Model", options: TrainingOptions, stage: int, jit: bool
+) -> "keras.Model":
+    """Compile a model that shares the network's layers and has its own optimizer.
+
+    The loss is binary cross-entropy plus the L2 penalty of the convolution kernels. The optimizer
+    is stochastic gradient descent with Nesterov momentum; its learning rate at iteration i is
+    ``lr * lr_decay**stage / (1 + 1e-6 * i)``.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Network to train.
+    options : TrainingOptions
+        Learning rate, its decay, and momentum.
+    stage : int
+        Number of the stage, from 0.
+    jit : bool
+        Whether to compile with XLA.
+    """
+    import keras
+
+    trainer = keras.Model(network.input, network.outputs[0], name="trainer")
+    schedule = keras.optimizers.schedules.InverseTimeDecay(
+        options.stage_lr(stage), decay_steps=1, decay_rate=ITERATION_DECAY
+    )
+    optimizer = keras.optimizers.SGD(schedule, momentum=options.momentum, nesterov=True)
+    trainer.compile(optimizer, loss="binary_crossentropy", jit_compile=jit)
+    return trainer
+
+
+def make_epoch(run: Run, stage: int, trainer: "keras.Model") -> Callable[[int], float]:
+    """Return a function that trains one epoch, given its number, and returns the mean loss.
+
+    Raises
+    ------
+    UsageError
+        The options request a device cache that the backend does not support.
+    """
+    options, segments = run.options, run.segments
+    run.job.synchronise_norms(trainer)
+    loop = _choose_loop(run, trainer)
+
+    def train_epoch(epoch: int) -> float:
+        _seed_dropout(trainer, options.seed, stage, epoch)
+        order = shuffled_order(segments.num_segments, options.seed, stage, epoch)
+        with messages.progress(
+            total=len(order) // options.batch_size, desc=f"epoch {epoch}", unit="step",
+            leave=False, disable=not run.job.is_first,
+        ) as bar:  # fmt: skip
+
+            def after_steps(num_steps: int, loss: float) -> None:
+                run.stop.check()
+                if not math.isfinite(loss):
+                    raise TrainingError(
+                        f"the loss is {loss} at step {num_steps - 1} of epoch {epoch}: a lower "
+                        "--lr may help; the best checkpoint is kept"
+                    )
+                bar.update(num_steps - bar.n)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+
+            return loop(order, after_steps)
+
+    return train_epoch
+
+
+def _choose_loop(run: Run, trainer: "keras.Model") -> Loop:
+    """Return the loop for compiled JAX, or else Keras's loop."""
+    import keras
+
+    options, segments, job = run.options, run.segments, run.job
+    if keras.backend.backend() == "jax" and run.jit:
+        from toolkit.training.jax_loop import JaxTrainer, fits_device
+
+        gc.collect()  # a reference cycle keeps the previous stage's segments on the device
+        device_cache = options.device_cache == "on" or (
+            options.device_cache == "auto"
+            and job.num_processes == 1  # several processes read only their share of the segments
+            and fits_device(segments)
+        )
+        runner = JaxTrainer(trainer, segments, device_cache, job=job)
+        return lambda order, after_steps: runner.run_epoch(options.batch_size, order, after_steps)
+    if options.device_cache == "on":
+        raise UsageError("--device-cache on: needs KERAS_BACKEND=jax and a compiled network")
+    return _keras_loop(run, trainer)
+
+
+def _keras_loop(run: Run, trainer: "keras.Model") -> Loop:
+    import keras
+
+    batch_size = run.options.batch_size
+    read_errors = []  # TensorFlow replaces exceptions that its datasets raise
+
+    def train_epoch(order: np.ndarray, after_steps: Callable[[int, float], None]) -> float:
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            try:
+                yield from run.segments.batches(batch_size, order)
+            except ToolkitError as error:
+                read_errors.append(error)
+                raise
+
+        watch = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda step, logs: after_steps(step + 1, float(logs["loss"]))
+        )
+        try:
+            history = trainer.fit(
+                run.job.spread(batches),
+                steps_per_epoch=len(order) // batch_size,
+                verbose=0,
+                shuffle=False,  # already shuffled
+                callbacks=[watch],
+            )
+        except Exception as error:
+            raise (read_errors[0] if read_errors else error) from None
+        return float(history.history["loss"][0])
+
+    return train_epoch
+
+
+def _seed_dropout(trainer: "keras.Model", seed: int, stage: int, epoch: int) -> None:
+    """Seed the dropout layers for an epoch, so that a resumed run draws the same masks.
+
+    Keras does not save the random state of layers.
+    """
+    for number, layer in enumerate(trainer.layers):
+        if hasattr(layer, "seed_generator"):
+            drawn = np.random.default_rng((seed, stage, epoch, number)).integers(2**31)
+            layer.seed_generator.state.assign(np.array([drawn, 0]))

@@ -1,0 +1,101 @@
+"""The options of train.py: folders, training procedure, and use of the machine."""
+
+from dataclasses import dataclass
+
+from toolkit import cli
+from toolkit.cli import option
+from toolkit.training.hosts import ADDRESSES, NUM_PROCESSES, PROCESS_ID
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Input and output of train.py."""
+
+    data_dir: str = option(
+        "./dataset", "folder of the dataset, which holds tfrecord/",
+        group="data and output", metavar="PATH",
+    )  # fmt: skip
+    train_dir: str = option(
+        "./log", "folder for event logs and checkpoints", group="data and output", metavar="PATH"
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train a network; which network is `toolkit.models.config.NetworkConfig`."""
+
+    batch_size: int = option(
+        23, "segments per step", group="training", type=cli.positive_int, metavar="N"
+    )
+    momentum: float = option(
+        0.9, "Nesterov momentum of stochastic gradient descent",
+        group="training", type=cli.rate, metavar="M",
+    )  # fmt: skip
+    lr: float = option(
+        0.01, "learning rate of the first stage",
+        group="training", type=cli.positive_float, metavar="LR",
+    )  # fmt: skip
+    lr_decay: float = option(
+        0.2, "learning rate of a stage relative to the previous stage",
+        group="training", type=cli.positive_float, metavar="DC",
+    )  # fmt: skip
+    initial_stage: int = option(
+        0, "stage to start at", group="training", type=cli.non_negative_int, metavar="N"
+    )
+    patience: int = option(
+        2, "epochs without a lower validation loss to tolerate: a stage ends N + 1 epochs after "
+        "its best epoch, as with Keras 2.0.5",
+        group="training", type=cli.positive_int, metavar="N",
+    )  # fmt: skip
+    num_lr_decays: int = option(
+        5, "number of stages", group="training", type=cli.positive_int, metavar="N"
+    )
+    max_epochs: int = option(
+        100, "maximum number of epochs per stage",
+        group="training", type=cli.positive_int, metavar="N",
+    )  # fmt: skip
+    seed: int = option(
+        0, "seed of initial weights, shuffling and dropout",
+        group="training", type=cli.non_negative_int, metavar="N",
+    )  # fmt: skip
+    mixed_precision: bool = option(
+        False, "compute in bfloat16 where that is numerically safe", group="machine"
+    )
+    jit: str = option(
+        "auto", "compile the network with XLA; auto compiles where that was measured to be faster",
+        group="machine", choices=("auto", "on", "off"),
+    )  # fmt: skip
+    device_cache: str = option(
+        "auto", "keep the training segments in device memory (JAX only); auto does if they fit "
+        "into the memory of a GPU or TPU",
+        group="machine", choices=("auto", "on", "off"),
+    )  # fmt: skip
+    num_read_threads: int = option(
+        8, "threads that read shards", group="machine", type=cli.positive_int, metavar="N"
+    )
+    distribute: bool = option(
+        False, "train on all GPUs of this host, and with JAX on those of all hosts given by the "
+        f"environment variables {ADDRESSES}, {NUM_PROCESSES} and {PROCESS_ID}, one process per "
+        "host",
+        group="machine",
+    )  # fmt: skip
+
+    def stage_lr(self, stage: int) -> float:
+        """Return the learning rate at the start of a stage."""
+        return self.lr * self.lr_decay**stage
+
+
+@dataclass(frozen=True)
+class IgnoredOptions:
+    """Options of the published program whose values are now read from the shards."""
+
+    num_audios_per_shard: int = option(
+        100, "clips per shard",
+        group="ignored; accepted so that commands for the published program still run",
+        type=cli.positive_int, metavar="N",
+    )  # fmt: skip
+    num_segments_per_audio: int = option(
+        10, "segments per clip",
+        group="ignored; accepted so that commands for the published program still run",
+        type=cli.positive_int, metavar="N",
+    )  # fmt: skip

@@ -1,0 +1,340 @@
+"""A stage of training: where it starts, how it resumes, and what an epoch writes."""
+
+import math
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from input_data import Dataset, SegmentReader
+from toolkit.errors import TrainingError, UsageError
+from toolkit.evaluation import check_fits
+from toolkit.files import only_run, remove_leftovers
+from toolkit.models import checkpoints
+from toolkit.models.checkpoints import Checkpoint
+from toolkit.models.config import NetworkConfig
+from toolkit.signals import StopRequest
+from toolkit.training.devices import Job
+from toolkit.training.history import HISTORY_NAME, EventLog, update_picture, write_history
+from toolkit.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    import keras
+
+RESUME_NAME = "resume.keras"  # the last finished epoch, with all that the next epoch needs
+TEST_NAME = "test.json"  # test scores of a finished stage's best checkpoint
+
+# Published checkpoints do not record these, and their weights do not depend on them.
+_NOT_IN_HDF5 = {"dropout", "weight_decay", "initializer"}
+# These may change between stages and on resume.
+_CHANGEABLE = {"dropout", "weight_decay"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same through all stages."""
+
+    train_dir: Path
+    dataset: Dataset
+    segments: SegmentReader
+    config: NetworkConfig
+    options: TrainingOptions
+    jit: bool
+    job: Job
+    stop: StopRequest
+
+    def stage_dir(self, stage: int) -> Path:
+        """Return the folder of a stage."""
+        return self.train_dir / str(stage)
+
+    def check_folder(self) -> None:
+        """Check that all processes see the same checkpoints, so that they decide alike."""
+        self.job.check_same_folder(
+            str(self.train_dir),
+            lambda: list_files(
+                path
+                for path in self.train_dir.glob("*/[!.]*")
+                if path.suffix in (".keras", ".hdf5")
+            ),
+        )
+
+
+@dataclass
+class StageState:
+    """Progress of a stage after its last finished epoch."""
+
+    epoch: int = -1
+    best_loss: float = math.inf
+    epochs_without_improvement: int = 0
+    finished: bool = False
+    history: list[dict] = field(default_factory=list)  # rows of training.csv
+
+    def update(self, epoch: int, val_loss: float, options: TrainingOptions) -> bool:
+        """Record the validation loss of an epoch.
+
+        Returns
+        -------
+        bool
+            Whether the loss is the lowest so far.
+        """
+        improved = val_loss < self.best_loss
+        self.epoch = epoch
+        self.best_loss = min(self.best_loss, val_loss)
+        self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
+        self.finished = self.is_over(options)
+        return improved
+
+    def is_over(self, options: TrainingOptions) -> bool:
+        """Return whether the options end the stage after its last epoch.
+
+        Keras 2.0.5, which the published program used, ends training at the epoch after `patience`
+        epochs without improvement. Keras 2.0.9 changed that to one epoch earlier.
+        """
+        return (
+            self.epochs_without_improvement > options.patience
+            or self.epoch + 1 >= options.max_epochs
+        )
+
+
+# --- The folder of a training --------------------------------------------------------------------
+
+
+@contextmanager
+def locked_folder(train_dir: Path, job: Job) -> Iterator[None]:
+    """Lock the folder against other trainings and remove files of killed ones.
+
+    Raises
+    ------
+    TrainingError
+        Another training is running in the folder.
+    UsageError
+        The hosts do not share the folder.
+    """
+    _check_shared(train_dir, job)
+    if not job.is_first:
+        yield
+        return
+    train_dir.mkdir(parents=True, exist_ok=True)
+    with only_run(train_dir, "training", TrainingError):
+        for folder in (train_dir, *train_dir.glob("*/")):
+            remove_leftovers(folder)
+        yield
+
+
+def _check_shared(train_dir: Path, job: Job) -> None:
+    """Check that all processes see a file that the first one creates."""
+    if job.num_processes == 1:
+        return
+    mark = train_dir / f".job-{secrets.token_hex(4)}"
+    if job.is_first:
+        train_dir.mkdir(parents=True, exist_ok=True)
+        for path in (*train_dir.glob(".job-*"), mark):
+            path.unlink(missing_ok=True)
+        mark.touch()
+    try:
+        job.check_same_folder(
+            str(train_dir), lambda: str(sorted(path.name for path in train_dir.glob(".job-*")))
+        )
+        job.wait_for_all("shared folder")
+    finally:
+        if job.is_first:
+            mark.unlink(missing_ok=True)
+
+
+def list_files(paths: Iterable[Path]) -> str:
+    """Describe files by folder, name and size."""
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # deleted since it was listed
+            found.append((path.parent.name, path.name, path.stat().st_size))
+    return str(sorted(found))
+
+
+# --- Starting and resuming -----------------------------------------------------------------------
+
+
+def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
+    """Find where a stage starts.
+
+    A stage resumes from its last epoch or else from its best checkpoint. A new stage starts from
+    the best checkpoint of the previous stage, and the first one from initial weights.
+
+    Returns
+    -------
+    state : StageState
+        Progress of the stage.
+    checkpoint : Checkpoint
+        Network to train, and what the files of the stage say about it.
+
+    Raises
+    ------
+    UsageError, TrainingError, CheckpointError
+        There is no checkpoint to start from, or it does not fit the dataset or the options.
+    """
+    from model import build_network
+
+    run.check_folder()
+    stage_dir = run.stage_dir(stage)
+    own = stage_dir / RESUME_NAME
+    if not own.exists():
+        own = checkpoints.find_best(stage_dir)
+    if own is None and stage == 0:
+        network = build_network(run.config)
+        dataset = run.dataset
+        return StageState(), Checkpoint(network, run.config, dataset.tags, dataset.sample_rate)
+    path = own or _previous_best(run, stage)
+    checkpoint = _load_for(run, path)
+    state = StageState()
+    if own and own.suffix == ".hdf5":
+        state = _published_state(own)
+        run.job.say(
+            f"stage {stage}: {own} has no training history: continuing from its weights at epoch "
+            f"{state.epoch + 1}, with zero momentum"
+        )
+    elif own:
+        state = _read_state(checkpoint, own)
+        # The options may be stricter than those of the earlier run.
+        state.finished |= state.is_over(run.options)
+    if not state.finished:
+        _apply_config(run, checkpoint, path)
+    if state.history:
+        run.job.write(checkpoint.network, lambda: _complete_files(run, stage, state, checkpoint))
+    return state, checkpoint
+
+
+def _previous_best(run: Run, stage: int) -> Path:
+    previous_dir = run.stage_dir(stage - 1)
+    best = checkpoints.find_best(previous_dir)
+    if best is None:
+        raise UsageError(
+            f"stage {stage} starts from the best checkpoint of stage {stage - 1}, and "
+            f"{previous_dir} has none: use --initial-stage {stage - 1}"
+        )
+    return best
+
+
+def _load_for(run: Run, path: Path) -> Checkpoint:
+    """Load a checkpoint and check that it fits the dataset and the options."""
+    checkpoint = checkpoints.load(path)
+    is_published = path.suffix == ".hdf5"
+    if is_published:
+        run.job.say(f"{path}: names no tags: using the tags of {run.dataset.path}")
+        checkpoint.tags = run.dataset.tags
+    check_fits(run.dataset, checkpoint)
+    different = [
+        f"{name} {getattr(checkpoint.config, name)!r}, now {value!r}"
+        for name, value in run.config.to_json().items()
+        if getattr(checkpoint.config, name) != value
+        and name not in (_NOT_IN_HDF5 if is_published else _CHANGEABLE)
+    ]
+    if different:
+        raise UsageError(
+            f"{run.train_dir}: has checkpoints of another network ({'; '.join(different)}): "
+            "use the same options or another --train-dir"
+        )
+    return checkpoint
+
+
+def _apply_config(run: Run, checkpoint: Checkpoint, path: Path) -> None:
+    """Rebuild a checkpoint's network if dropout or weight decay have changed."""
+    from model import build_network
+
+    if checkpoint.config == run.config:
+        return
+    if path.suffix != ".hdf5":
+        for name in sorted(_CHANGEABLE):
+            before, now = getattr(checkpoint.config, name), getattr(run.config, name)
+            if before != now:
+                run.job.say(
+                    f"{path}: was trained with --{name.replace('_', '-')} {before:g}, continuing "
+                    f"with {now:g}"
+                )
+    network = build_network(run.config)
+    network.set_weights(checkpoint.network.get_weights())
+    checkpoint.network, checkpoint.config = network, run.config
+
+
+def _published_state(path: Path) -> StageState:
+    """Return the progress that the file name of a published checkpoint tells."""
+    epoch, loss = path.stem.removeprefix("ckpt-e").split("-l")
+    return StageState(epoch=int(epoch), best_loss=float(loss))
+
+
+def _read_state(checkpoint: Checkpoint, path: Path) -> StageState:
+    try:
+        state = StageState(**checkpoint.training["state"])
+        numbers = [state.epoch, state.best_loss, state.epochs_without_improvement]
+        numbers += [value for row in state.history for value in row.values()]
+        if not all(isinstance(value, int | float) for value in numbers):
+            raise TypeError
+        return state
+    except (AttributeError, KeyError, TypeError):
+        raise TrainingError(
+            f"{path}: has no training state, so the stage cannot be resumed from it: to start a "
+            "stage from it, put it in the folder of the previous stage"
+        ) from None
+
+
+def resume_optimizer(run: Run, stage: int, checkpoint: Checkpoint, trainer: "keras.Model") -> None:
+    """Restore the optimizer of a stage's last epoch, if there is one.
+
+    Raises
+    ------
+    UsageError
+        The stage was trained with momentum and now is not, or the reverse.
+    """
+    path = run.stage_dir(stage) / RESUME_NAME
+    if not path.exists():
+        return
+    # Without momentum, Keras stores no velocities.
+    now = run.options.momentum
+    before = checkpoint.training.get("options", {}).get("momentum", now)
+    if bool(before) != bool(now):
+        raise UsageError(
+            f"{path.parent}: was trained with --momentum {before:g}, now {now:g}: use the same "
+            "momentum or another --train-dir"
+        )
+    checkpoints.load_optimizer(path, trainer)
+
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def epoch_writer(
+    run: Run, stage: int, checkpoint: Checkpoint, trainer: "keras.Model", history: list[dict]
+) -> Iterator[Callable[[StageState], None]]:
+    """Open the folder of a stage and yield a function that writes a finished epoch."""
+    stage_dir = run.stage_dir(stage)
+    events = None
+    if run.job.is_first:
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        events = EventLog(stage_dir, history)
+
+    def write_files(state: StageState) -> None:
+        # Crash safety: write resume.keras first. Everything else can be rebuilt from it.
+        checkpoints.save(stage_dir / RESUME_NAME, checkpoint, trainer)
+        _complete_files(run, stage, state, checkpoint)
+        events.write(state.history[-1])
+
+    def write_epoch(state: StageState) -> None:
+        checkpoint.training = {
+            "stage": stage, "state": asdict(state), "options": asdict(run.options),
+        }  # fmt: skip
+        run.job.write(checkpoint.network, lambda: write_files(state))
+
+    yield write_epoch
+    if events:
+        events.close()
+
+
+def _complete_files(run: Run, stage: int, state: StageState, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint of the last epoch if it is the best, the history and the picture."""
+    stage_dir = run.stage_dir(stage)
+    best = stage_dir / checkpoints.checkpoint_name(state.epoch, state.best_loss)
+    if state.epochs_without_improvement == 0 and not best.exists():
+        checkpoints.save(best, checkpoint)
+    write_history(stage_dir / HISTORY_NAME, state.history)
+    update_picture(run.train_dir)

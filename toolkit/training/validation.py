@@ -1,0 +1,157 @@
+"""Validation after an epoch, and the test of a stage's best checkpoint."""
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+from input_data import read_clips
+from toolkit import messages
+from toolkit.errors import TrainingError
+from toolkit.evaluation import Scores, binary_crossentropy, clip_mean, predict_clips, score
+from toolkit.files import write_atomically
+from toolkit.models import checkpoints
+from toolkit.training.stage import TEST_NAME, Run
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+
+
+def make_predictor(run: Run, network: "keras.Model"):
+    """Return what predicts batches: the network or, distributed with JAX, this host's devices."""
+    if run.job.mesh:
+        from toolkit.training.jax_loop import JaxPredictor
+
+        return JaxPredictor(network)
+    return network
+
+
+def validate(run: Run, network: "keras.Model", predictor) -> tuple[float, Scores]:
+    """Compute the validation loss over segments and the scores over clips.
+
+    As in the published program, the loss includes the L2 penalty of the convolution kernels.
+
+    Parameters
+    ----------
+    run : Run
+        The training.
+    network : keras.Model
+        The network that is trained.
+    predictor : object
+        Result of `make_predictor` for the network.
+
+    Raises
+    ------
+    TrainingError
+        The loss is NaN or infinite.
+    """
+    labels, predictions = _predict_split(run, predictor, "val", "validating")
+    num_segments = [len(of_clip) for of_clip in predictions]
+    loss = binary_crossentropy(np.repeat(labels, num_segments, axis=0), np.concatenate(predictions))
+    loss += _l2_penalty(network)
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the validation loss is {loss}: a lower --lr may help; the best checkpoint is kept"
+        )
+    # Rounding differs between hosts, but all must decide alike when to stop.
+    return run.job.of_first(loss), _score_clips(labels, predictions)
+
+
+def test_best(run: Run, stage: int) -> Scores | None:
+    """Score a stage's best checkpoint on the test clips and write ``test.json``.
+
+    Returns
+    -------
+    Scores or None
+        None if the stage was tested before, or if the dataset has no test shards.
+    """
+    job, path = run.job, run.stage_dir(stage) / TEST_NAME
+    run.check_folder()  # all hosts see the best checkpoint
+    if job.of_first(path.exists()):
+        return None
+    if not run.dataset.splits["test"].shards:
+        job.say(f"stage {stage}: the dataset has no test shards to test the best checkpoint on")
+        return None
+    best = checkpoints.find_best(run.stage_dir(stage))
+    network = checkpoints.load(best).network
+    network.compile(jit_compile=run.jit)
+    labels, predictions = _predict_split(run, make_predictor(run, network), "test", "testing")
+    scores = _score_clips(labels, predictions)
+    result = {
+        "checkpoint": best.name,
+        "roc_auc": _or_null(scores.macro_roc_auc),
+        "pr_auc": _or_null(scores.macro_pr_auc),
+    }
+    job.write(network, lambda: write_atomically(path, json.dumps(result).encode() + b"\n"))
+    job.say(
+        f"stage {stage}: best checkpoint on test: ROC AUC {scores.macro_roc_auc:.4f}, "
+        f"PR AUC {scores.macro_pr_auc:.4f}"
+    )
+    return scores
+
+
+def _or_null(value: float) -> float | None:
+    """Replace NaN, which JSON does not support."""
+    return None if math.isnan(value) else value
+
+
+def _l2_penalty(network: "keras.Model") -> float:
+    """Return the L2 penalty of the convolution kernels, in float64."""
+    import keras
+
+    penalty = 0.0
+    for layer in network.layers:
+        if getattr(layer, "kernel_regularizer", None):
+            kernel = keras.ops.convert_to_numpy(layer.kernel)
+            penalty += float(layer.kernel_regularizer.l2) * float(
+                np.square(kernel, dtype=float).sum()
+            )
+    return penalty
+
+
+def _score_clips(labels: np.ndarray, predictions: list[np.ndarray]) -> Scores:
+    return score(labels, np.array([clip_mean(of_clip) for of_clip in predictions]))
+
+
+def _predict_split(
+    run: Run, predictor, split: str, doing: str
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Predict a split; each process predicts some of the shards and receives all results.
+
+    Returns
+    -------
+    labels : np.ndarray [shape=(n_clips, n_tags), dtype=uint8]
+    predictions : list of np.ndarray [shape=(n_segments, n_tags), dtype=float32]
+        One array per clip.
+    """
+    dataset, job = run.dataset, run.job
+    num_tags = len(dataset.tags)
+    found = dataset.splits[split]
+    shards = found.shards[job.process :: job.num_processes]
+    clips = predict_clips(
+        predictor,
+        read_clips(shards, dataset.num_samples, num_tags),
+        run.options.batch_size,
+        run.stop.check,
+    )
+    labels, num_segments = [np.zeros((0, num_tags), np.uint8)], []
+    predictions = [np.zeros((0, num_tags), np.float32)]
+    for clip, (of_clip,) in messages.progress(
+        clips,
+        total=found.num_clips if job.num_processes == 1 else None,
+        unit="clip", desc=doing, leave=False, disable=not job.is_first,
+    ):  # fmt: skip
+        labels.append(clip.labels[np.newaxis])
+        num_segments.append(len(of_clip))
+        predictions.append(of_clip)
+    labels, num_segments, predictions = (
+        job.gather(part)
+        for part in (
+            np.concatenate(labels),
+            np.array(num_segments, np.int32),
+            np.concatenate(predictions),
+        )
+    )
+    by_clip = np.split(predictions, np.cumsum(num_segments)[:-1])
+    return labels, by_clip[: len(num_segments)]  # np.split returns one part even for no clips
