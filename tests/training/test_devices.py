@@ -18,50 +18,49 @@ from conftest import write_dataset
 from training_runs import validation_loss_of
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAIN = "import sys, train; sys.exit(train.main(sys.argv[1:]))"
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(ROOT),
     # Compile the network once, not in each of some thirty processes.
     "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="jax-"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 OPTIONS = (
     "--block", "se", "--init-features", "2", "--alpha", "2", "--batch-size", "4",
-    "--weight-decay", "0.01", "--num-lr-decays", "1", "--max-epochs", "2",
+    "--weight-decay", "0.001", "--num-lr-decays", "1", "--max-epochs", "2",
 )  # fmt: skip
+LONG = ("--max-epochs", "500", "--patience", "500")
 
 
-def start_training(
-    data_dir, train_dir, *options, devices=1, processes=1, process=0, port=0, **more
-):
-    """Start train.py on JAX as one process of a job."""
-    environment = ENVIRONMENT | {
+def start_training(data_dir, train_dir, *options, devices=1, program=TRAIN, **environment):
+    """Start train.py on JAX."""
+    folders = ("--data-dir", str(data_dir), "--train-dir", str(train_dir))
+    jax = {
         "KERAS_BACKEND": "jax",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    if processes > 1:
-        environment |= {
-            "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
-            "KERAS_DISTRIBUTION_NUM_PROCESSES": str(processes),
-            "KERAS_DISTRIBUTION_PROCESS_ID": str(process),
-        }
     return subprocess.Popen(
-        [
-            sys.executable, str(ROOT / "train.py"), "--data-dir", str(data_dir),
-            "--train-dir", str(train_dir), *OPTIONS, *options,
-        ],
-        env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", textwrap.dedent(program), *folders, *OPTIONS, *options],
+        env=ENVIRONMENT | jax | environment, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def start_job(data_dir, train_dir, *options, processes=2, **more):
-    port = free_port()
+def start_job(*runs, **more):
+    """Start one process per run (data_dir, train_dir, *options), which train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     return [
         start_training(
-            data_dir, train_dir, "--distribute", *options, processes=processes, process=process,
-            port=port, **more,
+            run[0], run[1], "--distribute", *run[2:],
+            KERAS_DISTRIBUTION_JOB_ADDRESSES=f"127.0.0.1:{port}",
+            KERAS_DISTRIBUTION_NUM_PROCESSES=str(len(runs)),
+            KERAS_DISTRIBUTION_PROCESS_ID=str(process), **more,
         )
-        for process in range(processes)
+        for process, run in enumerate(runs)
     ]  # fmt: skip
 
 
@@ -74,16 +73,21 @@ def finish(*trainings):
     return said
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def read_losses(train_dir):
     with open(train_dir / "0" / "training.csv") as file:
         rows = list(csv.DictReader(file))
     return [float(row[name]) for row in rows for name in ("loss", "val_loss", "val_roc_auc")]
+
+
+def wait_for_epochs(train_dir, num_epochs, job):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        exists = (train_dir / "0" / "training.csv").exists()
+        if exists and len(read_losses(train_dir)) // 3 >= num_epochs:
+            return
+        assert all(training.poll() is None for training in job)
+        time.sleep(0.1)
+    raise AssertionError(f"no {num_epochs} epochs in two minutes")
 
 
 @pytest.mark.slow
@@ -92,33 +96,28 @@ def test_one_process_two_devices_and_two_processes_have_equal_losses(tiny_datase
     finish(start_training(tiny_dataset, tmp_path / "alone"))
     (said,) = finish(start_training(tiny_dataset, tmp_path / "devices", "--distribute", devices=2))
     assert "2 devices in 1 process," in said
-    (said,) = finish(
-        start_training(
-            tiny_dataset, tmp_path / "cached", "--distribute", "--device-cache", "on", devices=2
-        )
-    )
-    first, second = finish(*start_job(tiny_dataset, tmp_path / "processes"))
+    cached = ("--distribute", "--device-cache", "on")
+    finish(start_training(tiny_dataset, tmp_path / "cached", *cached, devices=2))
+    run = (tiny_dataset, tmp_path / "processes")
+    first, second = finish(*start_job(run, run))
     assert "2 devices in 2 processes," in first
     assert second == ""  # only the first one prints messages
-    first, _ = finish(*start_job(tiny_dataset, tmp_path / "both", devices=2))
+    both = (tiny_dataset, tmp_path / "both")
+    first, _ = finish(*start_job(both, both, devices=2))
     assert "4 devices in 2 processes," in first
     # A second stage, in the folder of a finished job.
-    first, _ = finish(
-        *start_job(
-            tiny_dataset, tmp_path / "processes", "--num-lr-decays", "2", "--max-epochs", "2"
-        )
-    )
+    second_stage = (*run, "--num-lr-decays", "2")
+    first, _ = finish(*start_job(second_stage, second_stage))
     assert "stage 0: already finished" in first and "stage 1: best checkpoint on test" in first
     expected = read_losses(tmp_path / "alone")
-    for name in ("devices", "cached", "processes", "both"):
+    for name in ("alone", "devices", "cached", "processes", "both"):
         losses = read_losses(tmp_path / name)
         assert losses[:2] == pytest.approx(expected[:2], abs=1e-5), name
         # Rounding differences grow from then on.
         assert losses[3:5] == pytest.approx(expected[3:5], abs=1e-3), name
-        # Validation includes the L2 penalty, and is the same as on one device.
         last = tmp_path / name / "0" / "resume.keras"
-        expected_loss = validation_loss_of(last, tiny_dataset, 0.01)
-        assert losses[4] == pytest.approx(expected_loss, abs=1e-5), name
+        with_l2 = validation_loss_of(last, tiny_dataset, 0.001)
+        assert losses[4] == pytest.approx(with_l2, abs=1e-5), name
         files = sorted(path.name for path in (tmp_path / name / "0").iterdir())
         assert [path for path in files if not path.startswith(("ckpt", "events"))] == [
             "resume.keras", "test.json", "training.csv",
@@ -129,31 +128,26 @@ def test_one_process_two_devices_and_two_processes_have_equal_losses(tiny_datase
 @pytest.mark.slow
 def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
+    two = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
     for environment, options, expected in (
         ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: not an integer"),
         (
-            {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "2"}, (),
+            two | {"KERAS_DISTRIBUTION_PROCESS_ID": "2"}, (),
             "PROCESS_ID=2: the processes are 0 to 1",
         ),
         (
-            {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "0"}, (),
+            two | {"KERAS_DISTRIBUTION_PROCESS_ID": "0"}, (),
             "JOB_ADDRESSES=: expected host:port of the first process",
         ),
         (
-            {
-                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "0",
-                "KERAS_BACKEND": "tensorflow",
-            },
-            (), "several need KERAS_BACKEND=jax",
+            two | {"KERAS_DISTRIBUTION_PROCESS_ID": "0", "KERAS_BACKEND": "tensorflow"}, (),
+            "several hosts need KERAS_BACKEND=jax",
         ),
         (
             {"KERAS_DISTRIBUTION_JOB_ADDRESSES": "node1:9331"}, (),
             "NUM_PROCESSES: expected the number of processes that train together",
         ),
-        (
-            {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}, (),
-            "PROCESS_ID: expected the number of this process",
-        ),
+        (two, (), "PROCESS_ID: expected the number of this process"),
         ({"KERAS_BACKEND": "torch"}, (), "--distribute: needs KERAS_BACKEND=jax"),
         (
             {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, (),
@@ -178,10 +172,10 @@ def test_a_lost_host_ends_the_others_with_an_error_and_the_job_resumes(
 ):
     """SIGSTOP leaves connections open, like a host without power or network."""
     pytest.importorskip("jax")
-    options = ("--max-epochs", "500", "--patience", "500")
-    job = start_job(tiny_dataset, tmp_path / "log", *options)
+    log = tmp_path / "log"
+    job = start_job(*[(tiny_dataset, log, *LONG)] * 2)
     try:
-        wait_for_epochs(tmp_path / "log", 2, job)
+        wait_for_epochs(log, 2, job)
         job[victim].send_signal(signal_number)
         started = time.monotonic()
         said = job[1 - victim].communicate(timeout=100)[1]
@@ -191,83 +185,57 @@ def test_a_lost_host_ends_the_others_with_an_error_and_the_job_resumes(
             training.kill()
             training.wait()
     assert job[1 - victim].returncode not in (0, None)
-    (line,) = [line for line in said.splitlines() if line.startswith("train.py: error: ")]
+    (line,) = [line for line in said.splitlines() if line.startswith("-c: error: ")]
     assert "another host was lost" in line
     assert "run the same command on all hosts to resume from the last finished epoch" in line
 
-    num_finished = len(read_losses(tmp_path / "log")) // 3
-    options = ("--max-epochs", str(num_finished + 2), "--patience", "500")
-    first, _ = finish(*start_job(tiny_dataset, tmp_path / "log", *options))
+    num_finished = len(read_losses(log)) // 3
+    run = (tiny_dataset, log, "--max-epochs", str(num_finished + 2), "--patience", "500")
+    first, _ = finish(*start_job(run, run))
     # resume.keras may have been written, and training.csv not yet.
     starts = [f"from epoch {num_finished + more}\n" in first for more in (0, 1)]
     assert any(starts), first
-    assert len(read_losses(tmp_path / "log")) // 3 == num_finished + 2
-
-
-def wait_for_epochs(train_dir, num_epochs, job):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        is_there = (train_dir / "0" / "training.csv").exists()
-        if is_there and len(read_losses(train_dir)) // 3 >= num_epochs:
-            return
-        assert all(training.poll() is None for training in job)
-        time.sleep(0.1)
-    raise AssertionError(f"no {num_epochs} epochs in two minutes")
+    assert len(read_losses(log)) // 3 == num_finished + 2
 
 
 @pytest.mark.slow
 def test_a_job_stopped_by_sigterm_resumes(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
-    options = ("--max-epochs", "500", "--patience", "500")
-    job = start_job(tiny_dataset, tmp_path / "log", *options)
-    wait_for_epochs(tmp_path / "log", 1, job)
+    log = tmp_path / "log"
+    job = start_job(*[(tiny_dataset, log, *LONG)] * 2)
+    wait_for_epochs(log, 1, job)
     for training in job:
         training.send_signal(signal.SIGTERM)
     said = [training.communicate(timeout=60)[1] for training in job]
     # The second process may wait for the first one, which has ended.
     assert job[0].returncode == 143 and job[1].returncode in (143, 1, 134), said
-    options = ("--max-epochs", str(len(read_losses(tmp_path / "log")) // 3 + 1))
-    first, _ = finish(*start_job(tiny_dataset, tmp_path / "log", *options))
+    run = (tiny_dataset, log, "--max-epochs", str(len(read_losses(log)) // 3 + 1))
+    first, _ = finish(*start_job(run, run))
     assert "from epoch" in first
 
 
 @pytest.mark.slow
-def test_hosts_with_different_data_are_refused(tiny_dataset, tmp_path, tmp_path_factory):
+def test_hosts_that_differ_are_refused(tiny_dataset, tmp_path, tmp_path_factory):
     pytest.importorskip("jax")
     other = write_dataset(tmp_path_factory.mktemp("other"))
     build_mtt.build(other, num_audios_per_shard=6, num_workers=1)
-    port = free_port()
-    job = [
-        start_training(
-            data_dir, tmp_path / "log", "--distribute", processes=2, process=process, port=port
-        )
-        for process, data_dir in enumerate((tiny_dataset, other))
-    ]
-    for training, data_dir in zip(job, (tiny_dataset, other), strict=True):
-        said = training.communicate(timeout=120)[1]
-        assert training.returncode == 2, said
-        assert f"{data_dir}: not the same on all hosts" in said
-
-
-@pytest.mark.slow
-def test_hosts_with_different_options_or_folders_are_refused(tiny_dataset, tmp_path):
-    pytest.importorskip("jax")
-    for logs, rates, expected in (
-        (("log", "log"), ("0.01", "0.02"), "options: not the same on all hosts: give all the same"),
-        (("here", "there"), ("0.01", "0.01"), "not the same on all hosts: use a folder"),
-    ):
-        port = free_port()
-        job = [
-            start_training(
-                tiny_dataset, tmp_path / log, "--distribute", "--lr", rate, processes=2,
-                process=process, port=port,
-            )
-            for process, (log, rate) in enumerate(zip(logs, rates, strict=True))
-        ]  # fmt: skip
-        for training in job:
+    log = tmp_path / "log"
+    for first, second, expected in (
+        ((tiny_dataset, log), (other, log), "not the same on all hosts: give all the same"),
+        (
+            (tiny_dataset, log, "--lr", "0.01"), (tiny_dataset, log, "--lr", "0.02"),
+            "options: not the same on all hosts: give all the same",
+        ),
+        (
+            (tiny_dataset, tmp_path / "here"), (tiny_dataset, tmp_path / "there"),
+            "not the same on all hosts: use a folder",
+        ),
+    ):  # fmt: skip
+        for training, run in zip(start_job(first, second), (first, second), strict=True):
             said = training.communicate(timeout=200)[1]
             assert training.returncode == 2, said
             assert expected in said, said
+            assert "options: " in said or f"{run[0]}: " in said or f"{run[1]}: " in said
 
 
 @pytest.mark.slow
@@ -282,54 +250,31 @@ def test_a_bug_in_one_process_ends_the_others(tiny_dataset, tmp_path):
             train.validate = broken
         sys.exit(train.main(sys.argv[1:]))
     """
-    port = free_port()
-    command = ["--distribute", "--data-dir", tiny_dataset, "--train-dir", tmp_path, *OPTIONS]
-    job = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(program), *map(str, command)],
-            env=ENVIRONMENT | {
-                "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT),
-                "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
-                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
-                "KERAS_DISTRIBUTION_PROCESS_ID": str(process),
-            },
-            stderr=subprocess.PIPE, text=True,
-        )
-        for process in range(2)
-    ]  # fmt: skip
+    job = start_job(*[(tiny_dataset, tmp_path)] * 2, program=program)
     said = [training.communicate(timeout=120)[1] for training in job]
     assert all(training.returncode not in (0, None) for training in job)
     assert "ValueError: a bug" in said[1]
     assert "another host was lost" in said[0]
 
 
-def test_each_process_takes_all_devices_of_its_host_under_slurm():
+def test_each_process_takes_all_devices_of_its_host_under_slurm(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
     program = """
         import sys
-        import jax, keras
-        from toolkit.training import devices
-        jax.distributed.initialize = lambda *_, **options: print(options, file=sys.stderr)
-        try:
-            with devices.open_job(True, lambda: None):
-                pass
-        except Exception:
-            pass
+        import jax, train
+        def initialize(*_, **options):
+            sys.exit(options["cluster_detection_method"])
+        jax.distributed.initialize = initialize
+        train.main(sys.argv[1:])
     """
-    port = free_port()
-    finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env=ENVIRONMENT | {
-            "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "1",
-            "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
-            "SLURM_LOCALID": "0",
-            "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
-            "KERAS_DISTRIBUTION_NUM_PROCESSES": "2", "KERAS_DISTRIBUTION_PROCESS_ID": "0",
-        },
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    # By default, JAX would use one device per process.
-    assert "'cluster_detection_method': 'deactivate'" in finished.stderr
+    slurm = {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    }  # fmt: skip
+    job = start_job(*[(tiny_dataset, tmp_path)] * 2, program=program, **slurm)
+    for training in job:
+        # By default, JAX would use one device per process.
+        assert training.communicate(timeout=120)[1].splitlines()[-1] == "deactivate"
 
 
 @pytest.mark.slow
@@ -344,19 +289,18 @@ def test_two_devices_of_tensorflow_train_as_one(tiny_dataset, tmp_path):
         import train
         sys.exit(train.main(sys.argv[1:]))
     """
-    for name, options in (("one", ()), ("two", ("--distribute",))):
-        # Dropout masks differ between devices. Compiled, one device would round differently, by
-        # up to 1e-3 on some processors.
-        command = ["--data-dir", tiny_dataset, "--train-dir", tmp_path / name, *OPTIONS]
-        command += ["--dropout", "0", "--jit", "off", *options]
-        finished = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program), *map(str, command)],
-            env=ENVIRONMENT | {"KERAS_BACKEND": "tensorflow", "PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True,
+    # Dropout masks differ between devices. Compiled, one device would round differently, by up to
+    # 1e-3 on some processors.
+    options = ("--dropout", "0", "--jit", "off")
+    for name, distribute in (("one", ()), ("two", ("--distribute",))):
+        (said,) = finish(
+            start_training(
+                tiny_dataset, tmp_path / name, *options, *distribute, program=program,
+                KERAS_BACKEND="tensorflow",
+            )
         )  # fmt: skip
-        assert finished.returncode == 0, finished.stderr
-        assert ("2 devices in 1 process," in finished.stderr) == (name == "two")
+        assert ("2 devices in 1 process," in said) == (name == "two")
     one, two = (read_losses(tmp_path / name) for name in ("one", "two"))
     assert two[:2] == pytest.approx(one[:2], abs=1e-3)
     last = tmp_path / "two" / "0" / "resume.keras"
-    assert two[4] == pytest.approx(validation_loss_of(last, tiny_dataset, 0.01), abs=1e-5)
+    assert two[4] == pytest.approx(validation_loss_of(last, tiny_dataset, 0.001), abs=1e-5)

@@ -79,47 +79,28 @@ def test_steps_are_the_written_formula(stage, momentum):
     np.testing.assert_allclose(layer.get_weights()[1], b, atol=3e-6)
 
 
-def test_learning_rate_of_stage_and_iteration():
-    import keras
-
-    inputs = keras.Input((2,))
-    network = keras.Model(inputs, keras.layers.Dense(1, activation="sigmoid")(inputs))
-    for stage in (0, 1, 4):
-        optimizer = compile_trainer(network, TrainingOptions(), stage, jit=False).optimizer
-        assert optimizer.nesterov and optimizer.momentum == 0.9
-        for iteration in (0, 1, 1000, 1_000_000, 6_630_000):
-            optimizer.iterations.assign(iteration)
-            expected = 0.01 * 0.2**stage / (1 + 1e-6 * iteration)
-            rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-            assert rate == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize(
-    ("losses", "patience", "max_epochs", "improved", "finished_at"),
+    ("losses", "patience", "max_epochs", "finished_at"),
     [
-        ([0.5, 0.4, 0.3], 2, 100, [1, 1, 1], None),
-        # With patience P, P + 1 epochs follow the best one, as with Keras 2.0.5.
-        ([0.5, 0.6, 0.7], 2, 100, [1, 0, 0], None),
-        ([0.5, 0.6, 0.7, 0.8], 2, 100, [1, 0, 0, 0], 3),
-        ([0.5, 0.6, 0.4, 0.6, 0.5, 0.4], 2, 100, [1, 0, 1, 0, 0, 0], 5),
-        ([0.5, 0.5, 0.5], 1, 100, [1, 0, 0], 2),  # an equal loss is no improvement
-        ([0.5, 0.6, 0.4, 0.41, 0.42, 0.43, 0.44], 3, 100, [1, 0, 1, 0, 0, 0, 0], 6),
-        ([0.5, 0.4, 0.3], 2, 3, [1, 1, 1], 2),
-        ([0.5], 2, 1, [1], 0),
+        ([0.5, 0.4, 0.3], 2, 100, None),
+        ([0.5, 0.5, 0.5], 1, 100, 2),  # an equal loss is no improvement
+        ([0.5, 0.6, 0.7, 0.8], 2, 100, 3),
+        ([0.5, 0.6, 0.4, 0.41, 0.42, 0.43, 0.44], 3, 100, 6),
+        ([0.5, 0.4, 0.3], 2, 3, 2),
     ],
 )
-def test_stage_state(losses, patience, max_epochs, improved, finished_at):
+def test_stage_state(losses, patience, max_epochs, finished_at):
     options = TrainingOptions(patience=patience, max_epochs=max_epochs)
     state = StageState()
     for epoch, loss in enumerate(losses):
-        assert not state.finished
-        assert state.update(epoch, loss, options) == improved[epoch]
-        assert state.epoch == epoch
-        assert state.best_loss == min(losses[: epoch + 1])
+        improved = loss < state.best_loss
+        assert state.update(epoch, loss, options) == improved
+        assert (state.epoch, state.best_loss) == (epoch, min(losses[: epoch + 1]))
         assert state.finished == (epoch == finished_at)
 
 
 def test_a_stage_has_patience_plus_one_epochs_after_its_best(tiny_dataset, tmp_path, monkeypatch):
+    """As with Keras 2.0.5, whose EarlyStopping tests `wait >= patience` before it counts."""
     losses = iter([0.7, 0.6, 0.65, 0.64, 0.63, 0.1])
     validate = train.validate
 
@@ -561,23 +542,12 @@ def test_published_options(capsys):
     shown = re.sub(r"\s+", " ", capsys.readouterr().out.split("data and output:")[1])
     entries = re.split(r" (?=--[a-z])", shown)
     for option, default in {
-        "--data-dir": "./dataset",
-        "--train-dir": "./log",
-        "--block": "se",
-        "--alpha": "16",
-        "--batch-size": "23",
-        "--momentum": "0.9",
-        "--lr": "0.01",
-        "--lr-decay": "0.2",
-        "--dropout": "0.5",
-        "--weight-decay": "0",
-        "--initial-stage": "0",
-        "--patience": "2",
-        "--num-lr-decays": "5",
-        "--num-audios-per-shard": "100",
-        "--num-segments-per-audio": "10",
-        "--num-read-threads": "8",
-    }.items():
+        "--data-dir": "./dataset", "--train-dir": "./log", "--block": "se", "--alpha": "16",
+        "--batch-size": "23", "--momentum": "0.9", "--lr": "0.01", "--lr-decay": "0.2",
+        "--dropout": "0.5", "--weight-decay": "0", "--initial-stage": "0", "--patience": "2",
+        "--num-lr-decays": "5", "--num-audios-per-shard": "100",
+        "--num-segments-per-audio": "10", "--num-read-threads": "8",
+    }.items():  # fmt: skip
         # An entry is the option, its help, and its default at the end.
         entry = next(part for part in entries if part.startswith(f"{option} "))
         assert f"(default: {default})" in entry, option
