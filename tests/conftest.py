@@ -35,7 +35,7 @@ def synthesise(seconds, sample_rate=16000, channels=1, tags=(0,), seed=0):
 
 
 def encode_audio(path, samples, sample_rate=16000, codec="libmp3lame", bit_rate=32000):
-    """Write int16 samples [shape=(n_samples, channels)] to a file; its suffix selects the format."""
+    """Write int16 samples [shape=(n_samples, channels)]; the suffix selects the format."""
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[samples.shape[1]]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=sample_rate, layout=layout)
