@@ -132,6 +132,17 @@ def add_model(
     group.add_argument(name, metavar="MODEL", help=what, **options)
 
 
+def add_tags(group: argparse._ArgumentGroup) -> None:
+    """Add ``--tags``, which names the outputs of a model whose file does not."""
+    group.add_argument(
+        "--tags",
+        metavar="FILE",
+        default=None,
+        help="names of the model's outputs, one per line, or a dataset's manifest.json (default: "
+        "those in the model file, or MagnaTagATune's 50)",
+    )
+
+
 def check_model(path: str | Path) -> None:
     """Check that a model exists, before the slow imports.
 

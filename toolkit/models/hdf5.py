@@ -1,0 +1,184 @@
+"""Reading HDF5 files from untrusted sources: arrays only, with limits on sizes and no links.
+
+The checks run before an array is read. They do not protect against bugs of the HDF5 library itself
+(docs/reliability.md).
+"""
+
+import io
+import math
+import struct
+import zipfile
+from pathlib import Path
+
+from toolkit.errors import CheckpointError
+from toolkit.models.config import NetworkConfig
+
+import numpy as np
+
+_MAX_ARRAY_BYTES = 2**31
+_MAX_OBJECTS = 100_000
+_MAX_DEPTH = 16
+_MAX_TAGS = 100_000
+
+# Exceptions that zipfile, json and h5py raise on damaged files.
+DAMAGE = (
+    zipfile.BadZipFile, OSError, EOFError, KeyError, RuntimeError, ValueError, TypeError,
+    OverflowError, struct.error,
+)  # fmt: skip
+
+
+def open_hdf5(path: Path, content: bytes | None = None):
+    """Open an HDF5 file for reading.
+
+    Parameters
+    ----------
+    path : Path
+        File to open, or to name in errors.
+    content : bytes or None
+        Content to read instead of the file's.
+
+    Returns
+    -------
+    h5py.File
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged.
+    """
+    import h5py
+
+    try:
+        return h5py.File(path if content is None else io.BytesIO(content), "r")
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+def list_arrays(file, path: str | Path) -> dict:
+    """Return the arrays of an open file by their path in it, after checking each of them.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged, contains links or external arrays, or declares more than it stores.
+    """
+    import h5py
+
+    datasets = {}
+    groups = [("", file)]
+    num_objects = 0
+    num_bytes = 0
+    try:
+        while groups:
+            prefix, group = groups.pop()
+            for name in group:
+                num_objects += 1
+                link = group.get(name, getlink=True)
+                if num_objects > _MAX_OBJECTS or prefix.count("/") > _MAX_DEPTH:
+                    raise CheckpointError(f"{path}: contains more objects than any network")
+                if not isinstance(link, h5py.HardLink):
+                    raise CheckpointError(
+                        f"{path}: {prefix}{name} is a link: links are not allowed"
+                    )
+                found = group[name]
+                if isinstance(found, h5py.Group):
+                    groups.append((f"{prefix}{name}/", found))
+                elif isinstance(found, h5py.Dataset):
+                    num_bytes += _check_dataset(found, f"{prefix}{name}", path)
+                    datasets[f"{prefix}{name}"] = found
+                else:
+                    raise CheckpointError(f"{path}: {prefix}{name} is neither an array nor a group")
+        file_size = file.id.get_filesize()
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    if num_bytes > file_size:
+        raise CheckpointError(f"{path}: arrays of {num_bytes} bytes in a file of {file_size}")
+    return datasets
+
+
+def _check_dataset(dataset, name: str, path: str | Path) -> int:
+    if dataset.external or dataset.is_virtual:
+        raise CheckpointError(f"{path}: {name} is stored in another file: not allowed")
+    if dataset.shape is None:
+        raise CheckpointError(f"{path}: {name} is empty")
+    size = math.prod(dataset.shape) * dataset.dtype.itemsize
+    # Keras stores arrays uncompressed, so the declared size must be the stored size.
+    if size > _MAX_ARRAY_BYTES or size != dataset.id.get_storage_size():
+        raise CheckpointError(
+            f"{path}: {name} declares {size} bytes and stores {dataset.id.get_storage_size()}"
+        )
+    if dataset.chunks is not None:  # chunks can have filters, which HDF5 loads as plug-ins
+        raise CheckpointError(f"{path}: {name} is stored in chunks: expected contiguous storage")
+    return size
+
+
+def assign(variable, dataset, name: str, path: str | Path) -> None:
+    """Assign an array of a file to a Keras variable.
+
+    Parameters
+    ----------
+    variable : keras.Variable
+        Variable to set.
+    dataset : h5py.Dataset or None
+        Array to assign; None if the file has none.
+    name : str
+        Name for errors.
+    path : str or Path
+        File for errors.
+
+    Raises
+    ------
+    CheckpointError
+        The array is missing, has another shape, or contains NaN or infinity.
+    """
+    if dataset is None:
+        raise CheckpointError(f"{path}: no array for {name}")
+    if tuple(dataset.shape) != tuple(variable.shape):
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(dataset.shape)}: expected {tuple(variable.shape)}"
+        )
+    if dataset.dtype.kind not in "fiu":
+        raise CheckpointError(f"{path}: {name} has type {dataset.dtype}: expected numbers")
+    try:
+        values = dataset[()]
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: {name}: damaged: {error}") from None
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{path}: {name} contains NaN or infinity")
+    variable.assign(values)
+
+
+def check_sizes(config: NetworkConfig, datasets: dict, path: Path) -> None:
+    """Check that a file stores enough numbers for the network that it declares.
+
+    A small file must not make us allocate a large network.
+
+    Raises
+    ------
+    CheckpointError
+        A hyper-parameter is out of range, or the file is too small for the network.
+    """
+    for name, kind, smallest, largest in (
+        ("init_features", int, 1, 4096),
+        ("alpha", int | float, 0, 256),
+        ("num_tags", int, 1, _MAX_TAGS),
+        ("num_samples", int, 1, 2**26),
+        ("dropout", int | float, 0, 0.999),
+        ("weight_decay", int | float, 0, 1e6),
+    ):
+        value = getattr(config, name)
+        if not isinstance(value, kind) or not smallest <= value <= largest:
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}: expected a number from {smallest} to {largest}"
+            )
+    # The largest kernels of the last block and the output layer are most of the network.
+    width = 4 * config.init_features
+    num_numbers = 1.5 * width**2 + width * config.num_tags
+    if config.has_excitations:
+        num_numbers += width * int(width * config.alpha) * 2
+    num_stored = sum(dataset.size for dataset in datasets.values())
+    if num_numbers > num_stored:
+        raise CheckpointError(
+            f"{path}: stores {num_stored} numbers: a network of {config.init_features} features, "
+            f"alpha {config.alpha:g} and {config.num_tags} tags has more than {num_numbers:.0f}"
+        )

@@ -1,0 +1,79 @@
+"""The tags of models whose files do not name them."""
+
+import json
+from pathlib import Path
+
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.errors import UsageError
+from toolkit.messages import say
+from toolkit.models.checkpoints import Checkpoint
+
+
+def read_tags(path: str | Path) -> tuple[str, ...]:
+    """Read the names of tags.
+
+    Parameters
+    ----------
+    path : str or Path
+        A text file with one tag per line, or a dataset's ``manifest.json``.
+
+    Raises
+    ------
+    UsageError
+        The file cannot be read or names no tags.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        tags = json.loads(text)["tags"] if text.startswith("{") else text.splitlines()
+        tags = tuple(tag.strip() for tag in tags if tag.strip())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"--tags {path}: expected one tag per line, or a manifest.json: {error}"
+        ) from None
+    if not tags:
+        raise UsageError(f"--tags {path}: the file names no tags")
+    return tags
+
+
+def choose_tags(
+    model_path: str | Path, checkpoint: Checkpoint, tags_path: str | Path | None
+) -> tuple[str, ...]:
+    """Return the tags of a model that is used without a dataset.
+
+    Parameters
+    ----------
+    model_path : str or Path
+        The model's file, for messages.
+    checkpoint : Checkpoint
+        The loaded model.
+    tags_path : str or Path or None
+        File that names the tags (see `read_tags`), or None to take those of the model. If the
+        model's file names no tags, MagnaTagATune's 50 are assumed, and a message says so.
+
+    Raises
+    ------
+    UsageError
+        The number of tags is not the model's number of outputs, or they cannot be known.
+    """
+    num_tags = checkpoint.config.num_tags
+    if tags_path is not None:
+        tags = read_tags(tags_path)
+        if len(tags) != num_tags:
+            raise UsageError(
+                f"--tags {tags_path}: {len(tags)} tags, but {model_path} has {num_tags} outputs"
+            )
+        if checkpoint.tags not in (None, tags):
+            raise UsageError(f"--tags {tags_path}: {model_path} names other tags: leave it out")
+        return tags
+    if checkpoint.tags is not None:
+        return checkpoint.tags
+    if num_tags != len(MTT_TOP_TAGS):
+        raise UsageError(
+            f"{model_path}: the file names no tags for its {num_tags} outputs: name them with "
+            "--tags FILE"
+        )
+    say(
+        f"{model_path}: the file names no tags: assuming MagnaTagATune's {num_tags}; --tags FILE "
+        "replaces them"
+    )
+    return MTT_TOP_TAGS

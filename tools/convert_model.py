@@ -1,0 +1,67 @@
+"""Convert a model file to .keras, or export it to a format that other programs run.
+
+python -m tools.convert_model se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras
+python -m tools.convert_model log/4 se-multi.onnx
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from toolkit import backend, cli, messages
+from toolkit.errors import UsageError
+from toolkit.models.export import FORMATS, export
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(
+        "Convert a model file to .keras, or export it to a format that other programs run.",
+        "  python -m tools.convert_model se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras\n"
+        "  python -m tools.convert_model log/4 se-multi.onnx",
+    )
+    files = parser.add_argument_group("model files")
+    cli.add_model(files)
+    files.add_argument(
+        "output",
+        metavar="OUTPUT",
+        help="file to write: .keras, .onnx, .savedmodel (a folder, needs TensorFlow) or .tflite "
+        "(LiteRT, needs TensorFlow)",
+    )
+    cli.add_tags(files)
+    return cli.add_general(parser)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(_convert, build_parser().parse_args(argv))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    if output.suffix not in (".keras", *FORMATS):
+        raise UsageError(f"{output}: expected a name that ends in .keras, {', '.join(FORMATS)}")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"{output}: there is no folder {output.absolute().parent}")
+    cli.check_model(arguments.model_path)
+    backend.import_keras()
+    from toolkit.models import checkpoints
+    from toolkit.models.tags import choose_tags
+
+    checkpoint = checkpoints.load(arguments.model_path)
+    checkpoint.tags = choose_tags(arguments.model_path, checkpoint, arguments.tags)
+    config = checkpoint.config
+    messages.say(
+        f"{arguments.model_path}: {config.block} blocks{', multi-level' if config.multi else ''}, "
+        f"{messages.count(config.init_features, 'feature')}, "
+        f"{messages.count(config.num_tags, 'tag')}"
+    )
+    compared = ""
+    if output.suffix == ".keras":
+        checkpoints.save(output, checkpoint)
+    else:
+        difference = export(output, checkpoint)
+        compared = f", differs from the network by at most {difference:.1e}"
+    messages.say(f"{output}: {messages.size_on_disk(output)}{compared}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
