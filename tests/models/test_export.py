@@ -1,4 +1,4 @@
-"""exports.py: other programs compute from the written files what our networks do."""
+"""Exports: other programs compute from the written files what our networks do."""
 
 import json
 import sys
@@ -9,9 +9,11 @@ from input_data import read_clips
 from model import build_network
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.errors import ExportError, UsageError
-from toolkit.models import checkpoints, exports
-from toolkit.models.checkpoints import Checkpoint, load
+from toolkit.models import export as exports
+from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.config import BLOCKS, NetworkConfig
+from toolkit.models.onnx_graph import describe
+from tools import convert_model
 
 import keras
 import numpy as np
@@ -81,7 +83,7 @@ def test_onnxruntime_computes_what_the_published_program_did(
     golden, published_segments, tmp_path, capsys, name
 ):
     path = tmp_path / "model.onnx"
-    assert checkpoints.main([str(golden / "checkpoints" / f"{name}.hdf5"), str(path)]) == 0
+    assert convert_model.main([str(golden / "checkpoints" / f"{name}.hdf5"), str(path)]) == 0
     expected = np.load(golden / "expected.npz")[f"{name}/predictions"]
     assert np.ptp(expected) > 0.04  # so that agreement means something
     np.testing.assert_allclose(run_onnx(path)(published_segments), expected, rtol=0, atol=1e-5)
@@ -133,7 +135,8 @@ def test_onnx_says_what_its_outputs_are(tmp_path):
 
 
 def test_published_models_are_of_magnatagatunes_tags(golden, tmp_path):
-    exports.export(tmp_path / "a.onnx", load(golden / "checkpoints" / "se-multi.hdf5"))
+    model = golden / "checkpoints" / "se-multi.hdf5"
+    assert convert_model.main([str(model), str(tmp_path / "a.onnx")]) == 0
     properties = {entry.key: entry.value for entry in onnx.load(tmp_path / "a.onnx").metadata_props}
     assert json.loads(properties["tags"]) == list(MTT_TOP_TAGS)
     assert json.loads(properties["sample_rate"]) == 22050
@@ -154,7 +157,7 @@ def test_tensorflows_forms_carry_the_description(tmp_path, suffix):
         description = (
             path / exports.DESCRIPTION_FOLDER / exports.DESCRIPTION_NAME
         ).read_bytes()  # fmt: skip
-    assert json.loads(description) == exports.describe(checkpoint)
+    assert json.loads(description) == describe(checkpoint)
     assert json.loads(description)["tags"] == list(TAGS)
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
@@ -190,7 +193,7 @@ def test_a_folder_that_is_no_export_is_not_replaced(tmp_path):
     path = tmp_path / "music.savedmodel"
     path.mkdir()
     (path / "song.mp3").touch()
-    with pytest.raises(ExportError, match="something else of this name"):
+    with pytest.raises(ExportError, match="exists and is not a SavedModel"):
         exports.export(path, small_checkpoint())
     assert [found.name for found in tmp_path.rglob("*")] == ["music.savedmodel", "song.mp3"]
 
@@ -198,7 +201,7 @@ def test_a_folder_that_is_no_export_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("suffix", [".savedmodel", ".tflite"])
 def test_tensorflows_forms_take_its_backend(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(UsageError, match="takes the TensorFlow backend, this is jax"):
+    with pytest.raises(UsageError, match="needs the TensorFlow backend, this is jax"):
         exports.export(tmp_path / f"model{suffix}", small_checkpoint())
 
 
@@ -215,12 +218,12 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, suffix, libra
     ("output", "message"),
     [
         ("model.onx", "ends in .keras, .onnx, .savedmodel, .tflite"),
-        ("none/model.onnx", "no folder "),
+        ("none/model.onnx", "there is no folder "),
     ],
 )
 def test_outputs_that_cannot_be(golden, tmp_path, capsys, output, message):
     model = golden / "checkpoints" / "se-multi.hdf5"
-    assert checkpoints.main([str(model), str(tmp_path / output)]) == 2
+    assert convert_model.main([str(model), str(tmp_path / output)]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1
     assert not list(Path(tmp_path).iterdir())
