@@ -758,7 +758,8 @@ def _build(arguments: argparse.Namespace) -> int:
     for split, found in manifest["splits"].items():
         messages.say(
             f"{split}: {messages.count(found['clips'], 'clip')}, "
-            f"{messages.count(found['segments'], 'segment')}, {messages.count(len(found['shards']), 'shard')}"
+            f"{messages.count(found['segments'], 'segment')}, "
+            f"{messages.count(len(found['shards']), 'shard')}"
         )
     folder = Path(arguments.data_dir) / SHARD_FOLDER
     shards = [
@@ -766,7 +767,8 @@ def _build(arguments: argparse.Namespace) -> int:
     ]
     messages.say(
         f"{folder}: complete in {messages.duration(time.monotonic() - started)}, "
-        f"{messages.size_on_disk(*shards)}, {messages.count(len(manifest['skipped']), 'clip')} skipped"
+        f"{messages.size_on_disk(*shards)}, "
+        f"{messages.count(len(manifest['skipped']), 'clip')} skipped"
     )
     num_skipped = len(manifest["skipped"])
     num_clips = num_skipped + sum(found["clips"] for found in manifest["splits"].values())

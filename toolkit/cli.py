@@ -67,8 +67,7 @@ def add_options(parser: argparse.ArgumentParser, *options_classes: type) -> None
         elif isinstance(field.default, float):
             shown = f"{field.default:g}"
         else:
-            shown = f"{field.default:g}" if isinstance(field.default, float) else field.default
-            shown = "none" if field.default is None else shown
+            shown = "none" if field.default is None else field.default
         metadata["help"] += f" (default: {shown})"
         groups[title].add_argument(
             flag or f"--{field.name.replace('_', '-')}",
@@ -139,7 +138,7 @@ def add_tags(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         default=None,
         help="names of the model's outputs, one per line, or a dataset's manifest.json (default: "
-        "those in the model file, or MagnaTagATune's 50)",
+        "those in the model file or else MagnaTagATune's 50)",
     )
 
 

@@ -640,7 +640,7 @@ def measure_sweep(arguments: argparse.Namespace, machine: dict) -> Iterator[Figu
     What the processes say of the machine, the accelerator's name above all, is entered in
     `machine`.
     """
-    for backend in [arguments.backend] if arguments.backend else ["jax", "torch"]:
+    for backend in [arguments.backend] if arguments.backend else ["jax", "torch"]:  # noqa: F402
         if importlib.util.find_spec(backend) is None:
             yield Failure("sweep", backend, "it is not installed")
             continue
@@ -716,7 +716,8 @@ def measure_hosts(
         if found["exchanges"]:
             yield _figure_of(
                 "hosts", f"{what}: gradients exchanged", "ms a step", found["exchanges"],
-                f"{messages.size(found['bytes'])} of gradients, {messages.size(found['sent'])} sent by each",
+                f"{messages.size(found['bytes'])} of gradients, "
+                f"{messages.size(found['sent'])} sent by each",
             )  # fmt: skip
 
 

@@ -312,7 +312,7 @@ _MEASURED = """
     import numpy as np
     import build_mtt, tag
     from toolkit.errors import AudioError
-    from toolkit.evaluation import predict_clips
+    from toolkit.prediction import predict_clips
     from input_data import open_dataset, read_clips
 
     what, path, split, shard = sys.argv[2], Path(sys.argv[3]), sys.argv[4], Path(sys.argv[5])

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from input_data import Dataset, SegmentReader
 from toolkit.errors import TrainingError, UsageError
-from toolkit.evaluation import check_fits
 from toolkit.files import only_run, remove_leftovers
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.config import NetworkConfig
+from toolkit.prediction import load_for_dataset
 from toolkit.signals import StopRequest
 from toolkit.training.devices import Job
 from toolkit.training.history import HISTORY_NAME, EventLog, update_picture, write_history
@@ -217,12 +217,8 @@ def _previous_best(run: Run, stage: int) -> Path:
 
 def _load_for(run: Run, path: Path) -> Checkpoint:
     """Load a checkpoint and check that it fits the dataset and the options."""
-    checkpoint = checkpoints.load(path)
+    checkpoint = load_for_dataset(path, run.dataset, run.job.say)
     is_published = path.suffix == ".hdf5"
-    if is_published:
-        run.job.say(f"{path}: names no tags: using the tags of {run.dataset.path}")
-        checkpoint.tags = run.dataset.tags
-    check_fits(run.dataset, checkpoint)
     different = [
         f"{name} {getattr(checkpoint.config, name)!r}, now {value!r}"
         for name, value in run.config.to_json().items()
