@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import toolkit.minimum_python  # noqa: F401  # first: the rest needs a newer Python
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.messages import say
 

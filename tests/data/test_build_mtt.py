@@ -799,7 +799,7 @@ def test_second_build_at_once_is_refused(capsys, data_dir):
     with open(data_dir / "tfrecord" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         line = refusal(capsys, data_dir)
-    assert f"{data_dir / 'tfrecord'}: another build is at work here" in line
+    assert f"{data_dir / 'tfrecord'}: another build is already running in this folder" in line
 
 
 def test_folder_that_has_no_locks_is_built_in_all_the_same(capsys, monkeypatch, finished, data_dir):
@@ -808,7 +808,7 @@ def test_folder_that_has_no_locks_is_built_in_all_the_same(capsys, monkeypatch, 
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert build_mtt.main(command(data_dir)[2:]) == 0
-    said = f"{data_dir / 'tfrecord'}: cannot be locked (No locks available): start no second build"
+    said = f"{data_dir / 'tfrecord'}: cannot be locked (No locks available): do not start another"
     assert said in capsys.readouterr().err
     assert contents(data_dir) == contents(finished[0])
 

@@ -109,8 +109,14 @@ def assert_close(name, differences, rounds_alike=False):
     assert all(np.array(differences) <= tolerances), (name, differences, tolerances)
 
 
-@pytest.mark.parametrize("jit", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    [
+        pytest.param(name, jit, marks=[] if (name, jit) == ("rese-l2", False) else pytest.mark.slow)
+        for name in NAMES
+        for jit in (False, True)
+    ],
+)
 def test_steps_with_tensorflow(name, jit):
     assert_close(name, differences_of(name, jit), rounds_alike=not jit)
 

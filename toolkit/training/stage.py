@@ -1,4 +1,4 @@
-"""A stage of training: where it starts, how it resumes, and what an epoch writes."""
+"""The state of a stage: its start, its resumption, and the files of an epoch."""
 
 import math
 import secrets
@@ -34,7 +34,7 @@ _CHANGEABLE = {"dropout", "weight_decay"}
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same through all stages."""
+    """What all stages share."""
 
     train_dir: Path
     dataset: Dataset
@@ -166,7 +166,7 @@ def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
     state : StageState
         Progress of the stage.
     checkpoint : Checkpoint
-        Network to train, and what the files of the stage say about it.
+        Network to train, and the metadata that the stage's checkpoints will have.
 
     Raises
     ------
@@ -253,7 +253,7 @@ def _apply_config(run: Run, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _published_state(path: Path) -> StageState:
-    """Return the progress that the file name of a published checkpoint tells."""
+    """Read the progress of a stage from the file name of a published checkpoint."""
     epoch, loss = path.stem.removeprefix("ckpt-e").split("-l")
     return StageState(epoch=int(epoch), best_loss=float(loss))
 
