@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from tools import plan
 from tools.plan import GRADIENT_BYTES, Plan, estimate_build, estimate_training, exchange_seconds
@@ -116,3 +117,9 @@ def test_numbers_that_do_not_fit_together_are_an_error_of_one_line(arguments, me
     assert message in output.err
     assert output.err.count("\n") == 1
     assert not output.out
+
+
+def test_the_table_of_the_scaling_page_is_the_output_of_its_command(capsys):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text("utf-8")
+    assert plan.main(["--clips", "250000", "10000000"]) == 0
+    assert capsys.readouterr().out in page
