@@ -28,17 +28,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from input_data import (
-    ENCODINGS,
-    MANIFEST_NAME,
-    SHARD_FOLDER,
-    Clip,
-    append_records,
-    encode_clip,
-    read_manifest,
-    shard_name,
-    write_manifest,
-)
 from toolkit import cli, messages
 from toolkit.data.annotations import (
     ANNOTATIONS_NAME,
@@ -60,6 +49,14 @@ from toolkit.data.audio import (
     decode_pieces,
     import_madmom,
 )
+from toolkit.data.manifest import (
+    MANIFEST_NAME,
+    SHARD_FOLDER,
+    read_manifest,
+    shard_name,
+    write_manifest,
+)
+from toolkit.data.records import ENCODINGS, Clip, append_records, encode_clip
 from toolkit.data.tables import (
     FOLDER,
     PATH_COLUMNS,

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import build_mtt
-from input_data import index_records, open_dataset, read_clips, read_records, write_records
+from input_data import open_dataset, read_clips
 from toolkit.data.audio import cut_segments, decode
+from toolkit.data.records import index_records, read_records, write_records
 from toolkit.errors import ShardError
 
 import numpy as np
@@ -633,7 +634,7 @@ def test_shard_cut_short_is_made_again(finished, data_dir):
     path = folder / "train-0003-of-0006.tfrecord"
     start_of_last, _ = index_records(path)[-1]
     path.write_bytes(path.read_bytes()[: start_of_last - 12])
-    with pytest.raises(ShardError, match=r"train-0003.*cut short.*run build_mtt\.py again"):
+    with pytest.raises(ShardError, match=r"train-0003.*truncated.*run build_mtt\.py again"):
         open_dataset(data_dir)
     assert build_mtt.main(command(data_dir)[2:]) == 0
     assert contents(data_dir) == contents(finished[0])
