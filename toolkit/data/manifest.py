@@ -1,16 +1,27 @@
-"""The shards of a dataset as files: their folder, their names, and ``manifest.json``."""
+"""The files of a dataset: names of shards, ``manifest.json``, and the progress of a build.
+
+A build writes one small file per finished shard to ``.progress/`` and gathers them into the
+manifest at the end, so that an interrupted build can be resumed.
+"""
 
 import json
+import platform
 import re
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from toolkit.data.annotations import SPLITS
-from toolkit.errors import ShardError
+from toolkit.errors import BuildError, ShardError
 from toolkit.files import write_atomically
 
 SHARD_FOLDER = "tfrecord"
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
+
+_PROGRESS_FOLDER = ".progress"
+_OPTIONS_NAME = "options.json"
 
 _SHARD_NAME = re.compile(r"(train|val|test)-(\d{4,})-of-(\d{4,})(\.seq)?\.tfrecord")
 
@@ -128,9 +139,157 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def gather(tasks: Sequence, done: dict[str, dict], tags: Sequence[str], options: dict) -> dict:
+    """Gather the entries of all shards into a manifest.
+
+    Parameters
+    ----------
+    tasks : sequence of shards.ShardTask
+        All shards in order.
+    done : dict of str to dict
+        Entry of each shard by name (see `shards.make_shard`).
+    tags : sequence of str
+        Tags in model order.
+    options : dict
+        Options that determine the content of the shards.
+    """
+    splits = {split: {"clips": 0, "segments": 0, "shards": []} for split in SPLITS}
+    skipped = []
+    for task in tasks:
+        entry = dict(done[task.path.name])
+        skipped += entry.pop("skipped")
+        split = splits[task.split]
+        split["shards"].append(entry)
+        split["clips"] += entry["clips"]
+        split["segments"] += entry["segments"]
+    return {
+        "tags": list(tags),
+        "sample_rate": options["sample_rate"],
+        "num_samples": options["num_samples"],
+        "splits": splits,
+        "skipped": skipped,
+        "options": options,
+        "versions": {"python": platform.python_version()} | _versions("av", "numpy", "madmom"),
+    }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def write_manifest(folder: str | Path, manifest: dict) -> None:
     """Write ``manifest.json`` atomically; its format is added."""
     content = json.dumps({"format": MANIFEST_FORMAT} | manifest, indent=1, ensure_ascii=False)
+    write_atomically(Path(folder) / MANIFEST_NAME, _encode(content + "\n"))
+
+
+def _encode(content: str) -> bytes:
     # File names that are not UTF-8 contain surrogates, which JSON can escape.
-    encoded = content.encode(errors="backslashreplace")
-    write_atomically(Path(folder) / MANIFEST_NAME, encoded + b"\n")
+    return content.encode(errors="backslashreplace")
+
+
+# --- Progress of a build -------------------------------------------------------------------------
+
+
+def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Path]) -> None:
+    """Check that the shards in a folder were built with the same options.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the shards, which may be empty.
+    options : dict
+        Options of this build that determine the shards.
+    unrecorded : dict
+        Values of the options that builds of earlier versions did not record.
+    tables : list of Path
+        Tables of this build, for errors.
+
+    Raises
+    ------
+    BuildError
+        An option differs, or the tables have changed.
+    """
+    path = folder / _PROGRESS_FOLDER / _OPTIONS_NAME
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    elif (folder / MANIFEST_NAME).exists():
+        earlier = read_manifest(folder / MANIFEST_NAME).get("options", {})
+    else:
+        return
+    earlier = unrecorded | earlier
+    for name, value in options.items():
+        if earlier.get(name) == value:
+            continue
+        if name != "annotations_sha256":
+            what = (
+                f"--{name.replace('_', '-')} was {as_typed(earlier.get(name))}, now "
+                f"{as_typed(value)}"
+            )
+        elif len(tables) == 1:
+            what = f"{tables[0].name} has changed since"
+        else:
+            what = "the tables or their order have changed since"
+        raise BuildError(
+            f"{folder}: contains shards of another build: {what}: use the same options, or delete "
+            "this folder to build from scratch"
+        )
+
+
+def as_typed(value: object) -> str:
+    """Format the value of an option as on the command line."""
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def start_progress(folder: Path, options: dict) -> None:
+    """Record the options of a build, before its first shard."""
+    (folder / _PROGRESS_FOLDER).mkdir(exist_ok=True)
+    write_atomically(folder / _PROGRESS_FOLDER / _OPTIONS_NAME, json.dumps(options).encode())
+
+
+def write_progress(folder: Path, entry: dict) -> None:
+    """Record a finished shard by its entry (see `shards.make_shard`)."""
+    content = json.dumps(entry, ensure_ascii=False)
+    write_atomically(folder / _PROGRESS_FOLDER / f"{entry['name']}.json", _encode(content))
+
+
+def read_progress(folder: Path, shard_of: dict[str, str]) -> dict[str, dict]:
+    """Read the entries of shards that an earlier run finished.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the shards.
+    shard_of : dict of str to str
+        Name of the shard of each clip_id, for the skipped clips of a manifest.
+
+    Returns
+    -------
+    dict of str to dict
+        Entry of each finished shard by name (see `shards.make_shard`).
+    """
+    entries = {}
+    if (folder / MANIFEST_NAME).exists():
+        manifest = read_manifest(folder / MANIFEST_NAME)
+        for split in manifest["splits"].values():
+            for entry in split["shards"]:
+                entries[entry["name"]] = entry | {"skipped": []}
+        for row in manifest["skipped"]:
+            entries[shard_of[row["clip_id"]]]["skipped"].append(row)
+    for path in (folder / _PROGRESS_FOLDER).glob("*.tfrecord.json"):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        entries[entry["name"]] = entry
+    return entries
+
+
+def remove_progress(folder: Path) -> None:
+    """Remove the progress of a build whose manifest is written."""
+    shutil.rmtree(folder / _PROGRESS_FOLDER)
