@@ -3,6 +3,7 @@
 import csv
 import ctypes
 import os
+import shutil
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,31 @@ def tiny_dataset(tmp_path_factory) -> Path:
     data_dir = write_dataset(tmp_path_factory.mktemp("tiny"))
     build_mtt.build(data_dir, num_audios_per_shard=4, num_workers=2)
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A dataset of 24 quick clips without shards, three of which are skipped (see `builds`)."""
+    from builds import write_source
+
+    return write_source(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture
+def data_dir(source, tmp_path) -> Path:
+    """A copy of `source` that a test may build and change."""
+    return Path(shutil.copytree(source, tmp_path / "dataset"))
+
+
+@pytest.fixture(scope="session")
+def finished(source, tmp_path_factory):
+    """An uninterrupted build of `source`: its folder and its messages."""
+    from builds import run
+
+    data_dir = Path(shutil.copytree(source, tmp_path_factory.mktemp("finished") / "dataset"))
+    done = run(data_dir, "--num-workers", "2")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    return data_dir, done.stderr
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,15 @@ _OUT_OF_MEMORY = re.compile(
 # --- Options -------------------------------------------------------------------------------------
 
 
-def option(default, help: str, *, group: str, flag: str | None = None, **argparse_options):
+def option(
+    default,
+    help: str,
+    *,
+    group: str,
+    flag: str | None = None,
+    shown: str | None = None,
+    **argparse_options,
+):
     """Declare a command line option as a field of a dataclass.
 
     Parameters
@@ -35,10 +43,12 @@ def option(default, help: str, *, group: str, flag: str | None = None, **argpars
         Title of the option's group in ``--help``.
     flag : str or None
         Name on the command line; None for the field's name, such as ``--batch-size``.
+    shown : str or None
+        Description of the default in the help line; None for its value.
     **argparse_options
-        ``type``, ``metavar`` and ``choices``, as for ``ArgumentParser.add_argument``.
+        ``type``, ``metavar``, ``choices`` and ``nargs``, as for ``ArgumentParser.add_argument``.
     """
-    argparse_options |= {"help": help, "group": group, "flag": flag}
+    argparse_options |= {"help": help, "group": group, "flag": flag, "shown": shown}
     return dataclasses.field(default=default, metadata=argparse_options)
 
 
@@ -57,15 +67,15 @@ def add_options(parser: argparse.ArgumentParser, *options_classes: type) -> None
         metadata = dict(field.metadata)
         if not metadata:
             continue
-        title, flag = metadata.pop("group"), metadata.pop("flag")
+        title, flag, shown = (metadata.pop(name) for name in ("group", "flag", "shown"))
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         if isinstance(field.default, bool):
             metadata["action"] = "store_false" if field.default else "store_true"
             shown = "off"
         elif isinstance(field.default, float):
-            shown = f"{field.default:g}"
-        else:
+            shown = shown or f"{field.default:g}"
+        elif shown is None:
             shown = "none" if field.default is None else field.default
         metadata["help"] += f" (default: {shown})"
         groups[title].add_argument(

@@ -10,7 +10,7 @@ from unittest import mock
 
 from input_data import read_clips
 from toolkit.data import audio
-from toolkit.data.audio import cut_pieces, cut_segments, decode, decode_pieces, segments_a_part
+from toolkit.data.audio import cut_pieces, cut_segments, decode, decode_pieces, segments_per_part
 from toolkit.errors import AudioError, UsageError
 
 import av
@@ -418,7 +418,7 @@ def test_segments_of_pieces_are_those_of_the_whole(lengths, num_samples, hop, pa
     pieces = np.split(samples, np.cumsum(lengths)[:-1])
     with mock.patch.object(audio, "PART_SAMPLES", part_samples):
         parts = list(cut_pieces(iter(pieces), num_samples, hop))
-        at_most = segments_a_part(num_samples, hop)
+        at_most = segments_per_part(num_samples, hop)
     starts = range(0, len(samples) - num_samples + 1, hop or num_samples)
     expected = [samples[start : start + num_samples] for start in starts]
     expected = np.array(expected, np.float32).reshape(-1, num_samples)
@@ -433,8 +433,8 @@ def test_segments_of_pieces_are_those_of_the_whole(lengths, num_samples, hop, pa
 
 def test_a_part_is_some_minutes():
     """Test shards depend on it: of another number other records come."""
-    assert segments_a_part(NUM_SAMPLES) == 142
-    assert segments_a_part(1 << 30) == 1
+    assert segments_per_part(NUM_SAMPLES) == 142
+    assert segments_per_part(1 << 30) == 1
 
 
 def test_missing_madmom_says_what_to_do(mp3, monkeypatch):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import build_mtt
 import tag
-from input_data import open_dataset, read_clips, read_manifest, shard_name
+from input_data import open_dataset, read_clips
 from toolkit.data import audio
 from toolkit.data.audio import cut_segments, decode
+from toolkit.data.manifest import read_manifest, shard_name
 
 import numpy as np
 import pytest

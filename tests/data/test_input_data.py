@@ -11,23 +11,17 @@ from pathlib import Path
 
 import build_mtt
 import input_data
-from input_data import (
-    Clip,
-    SegmentReader,
+from input_data import Clip, SegmentReader, open_dataset, read_clips, shuffled_order
+from toolkit.data import audio
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.data.manifest import read_manifest, shard_name, write_manifest
+from toolkit.data.records import (
     append_records,
     encode_clip,
     index_records,
-    open_dataset,
-    read_clips,
-    read_manifest,
     read_records,
-    shard_name,
-    shuffled_order,
-    write_manifest,
     write_records,
 )
-from toolkit.data import audio
-from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.errors import AnnotationsError, ShardError
 from toolkit.files import written_whole
 
@@ -384,13 +378,13 @@ def test_no_shards_says_how_to_build_them(tmp_path):
         (lambda folder: write_shard(folder / "train-0002-of-0003.tfrecord"),
          "train shards of different sets (of 0002 and of 0003)"),
         (lambda folder: write_shard(folder / "train-0002-of-0002.tfrecord"),
-         "train-0002-of-0002.tfrecord: a shard of no set"),
+         "train-0002-of-0002.tfrecord: not the name of a shard"),
         (lambda folder: write_shard(folder / "train-0000-of-0002.seq.tfrecord"),
-         "train-0000-of-0002.seq.tfrecord: a shard of no set"),
+         "train-0000-of-0002.seq.tfrecord: not the name of a shard"),
         (lambda folder: write_shard(folder / "test-0000-of-0001.tfrecord"),
-         "test-0000-of-0001.tfrecord: a shard of no set"),
+         "test-0000-of-0001.tfrecord: not the name of a shard"),
         (lambda folder: write_shard(folder / "train-00000-of-0002.tfrecord"),
-         "train-00000-of-0002.tfrecord: a shard of no set"),
+         "train-00000-of-0002.tfrecord: not the name of a shard"),
     ],
 )  # fmt: skip
 def test_set_that_is_not_whole_is_refused(tmp_path, change, found):
@@ -702,7 +696,9 @@ def test_shard_that_lost_whole_records_is_noticed(tmp_path, tiny_dataset):
     path = tmp_path / "tfrecord" / "train-0002-of-0003.tfrecord"
     start, length = index_records(path)[-2]
     path.write_bytes(path.read_bytes()[: start + length + 4])
-    with pytest.raises(ShardError, match=rf"{path}: \d+ bytes, manifest\.json says \d+: cut short"):
+    with pytest.raises(
+        ShardError, match=rf"{path}: \d+ bytes, expected \d+ by manifest\.json: truncated"
+    ):
         open_dataset(tmp_path)
     # A manifest of a build that did not note the sizes still tells by the counts.
     manifest_path = tmp_path / "tfrecord" / "manifest.json"
@@ -711,7 +707,7 @@ def test_shard_that_lost_whole_records_is_noticed(tmp_path, tiny_dataset):
         for entry in split["shards"]:
             del entry["bytes"]
     manifest_path.write_text(json.dumps(manifest))
-    with pytest.raises(ShardError, match=r"20 train segments.*manifest\.json says 21"):
+    with pytest.raises(ShardError, match=r"20 train segments, expected 21 by manifest\.json"):
         SegmentReader(open_dataset(tmp_path))
 
 

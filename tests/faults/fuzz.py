@@ -123,7 +123,7 @@ def mutate_keras(content: bytes, draw: random.Random) -> bytes:
 
 def mutate_shard(content: bytes, draw: random.Random) -> bytes:
     """Damage a shard, or the records under sound checksums."""
-    from input_data import index_records, write_records
+    from toolkit.data.records import index_records, write_records
 
     if draw.random() < 0.4:
         return mutate_bytes(content, draw)
@@ -181,8 +181,8 @@ def checkpoint_cases(folder: Path):
 
 def shard_cases(folder: Path):
     """Give the originals, and how one is mutated and read: alone, as a dataset, and at random."""
-    import input_data
     from input_data import SegmentReader, open_dataset, read_clips
+    from toolkit.data.records import index_records
 
     originals = [*sorted((GOLDEN / "tfrecord").glob("*.tfrecord")), Path("manifest.json")]
     names = [path.name for path in originals[:-1]]
@@ -191,7 +191,7 @@ def shard_cases(folder: Path):
     described = open_dataset(GOLDEN)
     shards = {"train": [], "val": [], "test": []}
     for path in originals[:-1]:
-        num_records = len(input_data.index_records(path))
+        num_records = len(index_records(path))
         shards[path.name.split("-")[0]].append(
             {"name": path.name, "clips": 1, "segments": num_records, "bytes": path.stat().st_size}
         )

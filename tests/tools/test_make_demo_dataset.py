@@ -17,7 +17,7 @@ from tools.make_demo_dataset import MTT_TAGS, RECIPES, plan_clips
 import av
 import numpy as np
 import pytest
-from test_build_mtt import is_running, needs_proc, wait_until, workers_of
+from builds import is_running, needs_proc, wait_until, workers_of
 
 NUM_CLIPS = 16
 # Of the tag columns of MagnaTagATune's annotations_final.csv, joined by tabs.

@@ -132,7 +132,7 @@ def cut_segments(samples: np.ndarray, num_samples: int, hop: int | None = None) 
     return np.lib.stride_tricks.sliding_window_view(samples, num_samples)[:: hop or num_samples]
 
 
-def segments_a_part(num_samples: int, hop: int | None = None) -> int:
+def segments_per_part(num_samples: int, hop: int | None = None) -> int:
     """Say how many segments are held together (see `cut_pieces`): one, however long it is."""
     return max(1, 1 + (PART_SAMPLES - num_samples) // (hop or num_samples))
 
@@ -152,10 +152,10 @@ def cut_pieces(
     Yields
     ------
     np.ndarray [shape=(n_segments, num_samples)]
-        The next part: `segments_a_part` segments, the last part fewer; wherever pieces end.
+        The next part: `segments_per_part` segments, the last part fewer; wherever pieces end.
     """
     hop = hop or num_samples
-    num_segments = segments_a_part(num_samples, hop)
+    num_segments = segments_per_part(num_samples, hop)
     # From a part's first sample to the next part's first one, or to its own end.
     step = num_segments * hop
     span = max(step, step - hop + num_samples)

@@ -8,8 +8,9 @@ as with every other backend. Several devices, of one or more hosts, share each b
 
 from collections.abc import Callable, Iterator
 
-from input_data import INT16_SCALE, SegmentReader
+from input_data import SegmentReader
 from toolkit import messages
+from toolkit.data.records import INT16_SCALE
 from toolkit.training.devices import BATCH_AXIS, Job
 
 import jax

@@ -1,0 +1,124 @@
+"""Builds of a quick dataset in this process or their own, and what tests ask about them."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import build_mtt
+
+import pytest
+from conftest import encode_audio, synthesise, write_dataset
+
+SCRIPT = Path(build_mtt.__file__)
+# Segments of half a second, in 12 shards; 3 of the 24 clips are skipped.
+OPTIONS = ["--sample-rate", "8000", "--num-samples", "4000", "--num-audios-per-shard", "2"]
+OPTIONS += ["--max-skipped", "20"]
+SHARDS = {
+    *(f"train-{shard:04d}-of-0006.tfrecord" for shard in range(6)),
+    *(f"val-{shard:04d}-of-0003.tfrecord" for shard in range(3)),
+    *(f"test-{shard:04d}-of-0003.seq.tfrecord" for shard in range(3)),
+}
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+
+
+def write_source(data_dir):
+    """Write a dataset of 24 clips; clips 3, 13 and 20 are not audio or too short."""
+    write_dataset(data_dir, seconds=(1, 2, 1.2, 3))
+    by_number = {int(clip.name.split("-")[1]): clip for clip in (data_dir / "mp3").rglob("*.mp3")}
+    by_number[3].write_bytes(b"")
+    by_number[13].write_text("This is no music.\n" * 100)
+    encode_audio(by_number[20], synthesise(0.2))
+    return data_dir
+
+
+def arguments(data_dir, *options):
+    return ["--data-dir", str(data_dir), *OPTIONS, *options]
+
+
+def command(data_dir, *options):
+    return [sys.executable, str(SCRIPT), *arguments(data_dir, *options)]
+
+
+def build(data_dir, *options):
+    """Build in this process and return the exit status."""
+    return build_mtt.main(arguments(data_dir, *options))
+
+
+def run(data_dir, *options, **how):
+    """Build in a process of its own."""
+    return subprocess.run(
+        command(data_dir, *options), capture_output=True, text=True, timeout=120, **how
+    )
+
+
+def start(data_dir, *options):
+    """Start a build in its own session, so that all of its processes can be killed."""
+    return subprocess.Popen(
+        command(data_dir, *options),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Background processes of a shell inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def refusal(capsys, data_dir, *options, status=1):
+    """Build in this process, expect an error, and return its line."""
+    assert build(data_dir, *options) == status
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    return err
+
+
+def contents(data_dir):
+    """Return all files that a finished build leaves, by name."""
+    folder = data_dir / "tfrecord"
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def shards_in(data_dir):
+    return sorted((data_dir / "tfrecord").glob("*.tfrecord"))
+
+
+def fill_disk(disk, room):
+    """Fill a disk except for some bytes; return the file that takes the space."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb") as file:
+        while True:
+            file.write(bytes(1 << 16))
+    os.truncate(filler, filler.stat().st_size - room)
+    return filler
+
+
+def wait_until(is_true, process, seconds=60):
+    """Wait for a condition or for the end of a process."""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        if process.poll() is not None:
+            return
+        time.sleep(0.002)
+
+
+def workers_of(process):
+    """List the process ids of the workers of a process."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    with contextlib.suppress(OSError):
+        return [
+            int(child)
+            for child in children.read_text().split()
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+    return []
+
+
+def is_running(process_id):
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,310 @@
+"""Builds that are killed, stopped or short of space: one line each, and the same bytes at last."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from input_data import open_dataset
+from toolkit.data.records import index_records, read_records, write_records
+from toolkit.errors import ShardError
+
+import numpy as np
+import pytest
+from builds import (
+    SCRIPT,
+    SHARDS,
+    arguments,
+    build,
+    contents,
+    fill_disk,
+    is_running,
+    needs_proc,
+    refusal,
+    run,
+    shards_in,
+    start,
+    wait_until,
+    workers_of,
+)
+
+TWO_WORKERS = ("--num-workers", "2")
+
+
+def assert_complete_shards(data_dir, finished):
+    """Check that the shards so far are those of an uninterrupted build."""
+    for path in shards_in(data_dir):
+        assert path.read_bytes() == (finished[0] / "tfrecord" / path.name).read_bytes()
+
+
+def assert_resumes(data_dir, finished):
+    """Build again in this process and compare with an uninterrupted build."""
+    assert build(data_dir, *TWO_WORKERS) == 0
+    assert contents(data_dir) == contents(finished[0])
+
+
+# --- Kills ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_shards", [0, 1, 5])
+def test_killed_build_resumes_to_the_same_bytes(finished, data_dir, num_shards):
+    process = start(data_dir, *TWO_WORKERS)
+    wait_until((data_dir / "tfrecord").is_dir, process)
+    wait_until(lambda: len(shards_in(data_dir)) >= num_shards, process)
+    process.kill()
+    process.communicate()
+    assert_resumes(data_dir, finished)
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("seed", range(45))
+def test_build_killed_at_a_random_moment_resumes(finished, data_dir, seed):
+    """SIGKILL to a worker, the parent or all, between the first imports and the end."""
+    random = np.random.default_rng(seed)
+    whom = ("worker", "parent", "all")[seed % 3]
+    # Half while workers start, half while shards are written, which is quick.
+    num_shards, seconds = random.choice([(0, 0.8), (1, 0.1)])
+    seconds = random.uniform(0, seconds)
+    process = start(data_dir, *TWO_WORKERS)
+    if whom == "worker" or random.random() < 0.8:
+        wait_until(lambda: workers_of(process), process)
+    wait_until(lambda: len(shards_in(data_dir)) >= num_shards, process)
+    time.sleep(seconds)
+    if whom == "parent":
+        process.kill()
+    elif whom == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        for worker in workers_of(process)[:1]:
+            os.kill(worker, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)  # the parent must not wait for the dead worker
+    killed = process.returncode in (1, -signal.SIGKILL)
+    assert killed or process.returncode == 0, err
+    if whom == "worker" and killed:
+        assert "error: a worker process died (" in err.splitlines()[-1]
+    print(f"seed {seed}: {whom}, {'killed' if killed else 'too late'}")  # shown by pytest -rP
+    assert_complete_shards(data_dir, finished)
+    assert_resumes(data_dir, finished)
+
+
+def test_temporary_files_of_a_killed_build_are_removed(finished, data_dir):
+    (data_dir / "tfrecord").mkdir()
+    leftover = ".train-0000-of-0006.tfrecord.node1.123.0badcafe.tmp"
+    (data_dir / "tfrecord" / leftover).write_bytes(b"half")
+    assert_resumes(data_dir, finished)
+
+
+def test_two_writers_of_one_shard_do_not_interfere(tmp_path):
+    """An abandoned worker may still write while another replaces it, even with the same pid."""
+    path = tmp_path / "train-0000-of-0001.tfrecord"
+    records = [bytes([number]) * 100_000 for number in range(3)]
+
+    def interrupted():
+        yield records[0]
+        write_records(path, records)
+        yield from records[1:]
+
+    write_records(path, interrupted())
+    assert list(read_records(path)) == records
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@needs_proc
+def test_death_of_a_worker_ends_the_build_with_one_line(data_dir):
+    process = start(data_dir, *TWO_WORKERS)
+    wait_until(lambda: len(workers_of(process)) == 2, process)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    *_, last = err.strip().splitlines()
+    assert last.startswith("build_mtt.py: error: a worker process died (")
+    assert "run the same command again" in last
+
+
+@needs_proc
+@pytest.mark.parametrize("num_shards", [0, 1])
+def test_workers_exit_when_their_parent_is_killed(data_dir, num_shards):
+    process = start(data_dir, *TWO_WORKERS)
+    wait_until(lambda: len(workers_of(process)) == 2, process)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    wait_until(lambda: len(shards_in(data_dir)) >= num_shards, process)
+    process.kill()
+    process.communicate(timeout=10)
+    deadline = time.monotonic() + 10
+    while alive := [worker for worker in workers if is_running(worker)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_stops_the_build_with_one_line_and_without_leftovers(finished, data_dir, number):
+    process = start(data_dir, *TWO_WORKERS)
+    wait_until(lambda: len(workers_of(process)) == 2, process)
+    workers = workers_of(process)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    expected = f"stopped by {number.name}: run the same command again to resume"
+    assert err == f"build_mtt.py: error: {expected}\n"
+    assert not [worker for worker in workers if is_running(worker)]
+    assert not list((data_dir / "tfrecord").glob(".*.tmp"))
+    assert_resumes(data_dir, finished)
+
+
+# --- Workers that cannot start or report ----------------------------------------------------------
+
+
+def run_program(program, data_dir):
+    """Build with two workers by a program that changes something first."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments(data_dir, *TWO_WORKERS)],
+        cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_death_of_a_worker_while_another_starts_ends_the_build(data_dir):
+    """Python 3.11's ProcessPoolExecutor can hang here."""
+    program = """if True:
+        import multiprocessing.context, sys, time
+        start = multiprocessing.context.SpawnProcess.start
+        started = []
+
+        def start_when_the_first_is_dead(process):
+            if started:
+                started[0].kill()
+                time.sleep(0.5)
+            start(process)
+            started.append(process)
+
+        multiprocessing.context.SpawnProcess.start = start_when_the_first_is_dead
+        import build_mtt
+        sys.exit(build_mtt.main(sys.argv[1:]))
+    """
+    done = run_program(program, data_dir)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: a worker process died (" in done.stderr.splitlines()[-1]
+
+
+def test_too_few_processes_are_one_line_that_names_the_option(data_dir):
+    """RLIMIT_NPROC does not limit root, so the second start raises the error of the limit."""
+    program = """if True:
+        import errno, multiprocessing.context, os, sys
+        start = multiprocessing.context.SpawnProcess.start
+        started = []
+
+        def start_one(process):
+            if started:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            start(process)
+            started.append(process)
+
+        multiprocessing.context.SpawnProcess.start = start_one
+        import build_mtt
+        sys.exit(build_mtt.main(sys.argv[1:]))
+    """
+    done = run_program(program, data_dir)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "no more processes or threads can be started (" in done.stderr
+    assert "Resource temporarily unavailable" in done.stderr
+    assert "with fewer --num-workers" in done.stderr
+
+
+@pytest.mark.parametrize("lock", ["threading.Lock()", "None"])
+def test_error_that_cannot_be_pickled_or_unpickled_keeps_its_message(data_dir, tmp_path, lock):
+    script = tmp_path / "raising.py"  # workers import it too, without its last lines
+    script.write_text(f"""if True:
+        import sys, threading
+        import build_mtt
+
+        class OddError(Exception):
+            def __init__(self, one, other):
+                super().__init__(f"{{one}} {{other}}")
+                self.lock = {lock}
+
+        def make_shard(task, on_clip):
+            raise OddError("utterly", "odd")
+
+        build_mtt.make_shard = make_shard
+        if __name__ == "__main__":
+            sys.exit(build_mtt.main(sys.argv[1:]))
+    """)
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments(data_dir, "--num-workers", "1")],
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "RuntimeError: OddError: utterly odd\n" in done.stderr
+    assert "in make_shard" in done.stderr  # the worker's traceback
+    assert "worker process died" not in done.stderr
+
+
+def test_many_workers_start_under_a_low_limit_of_open_files(finished, data_dir):
+    def limit():
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
+
+    done = run(data_dir, "--num-workers", "4", preexec_fn=limit)
+    assert done.returncode == 0, done.stderr
+    assert contents(data_dir) == contents(finished[0])
+
+
+# --- Files that cannot be written or are damaged --------------------------------------------------
+
+
+def test_file_that_cannot_be_written_is_named_in_one_line(capsys, data_dir):
+    # A folder has the name of the shard.
+    blocked = data_dir / "tfrecord" / "train-0002-of-0006.tfrecord"
+    (blocked / "in the way").mkdir(parents=True)
+    line = refusal(capsys, data_dir)
+    assert "train-0002-of-0006.tfrecord" in line
+    assert "directory" in line
+
+
+def test_full_disk_is_one_line_and_the_build_resumes(capsys, finished, data_dir, small_disk):
+    filler = fill_disk(small_disk, room=300_000)  # for some of the shards
+    (small_disk / "tfrecord").mkdir()
+    (data_dir / "tfrecord").symlink_to(small_disk / "tfrecord")
+    line = refusal(capsys, data_dir, *TWO_WORKERS)
+    assert ".tfrecord: No space left on device (" in line
+    assert "free some space and run the same command again" in line
+    assert 0 < len(shards_in(data_dir)) < len(SHARDS)
+    assert_complete_shards(data_dir, finished)
+    assert not list((small_disk / "tfrecord").glob(".*.tmp"))
+    filler.unlink()
+    assert_resumes(data_dir, finished)
+
+
+def test_limit_of_file_sizes_is_one_line_and_the_build_resumes(finished, data_dir):
+    """Like a quota, where no small disk can be mounted."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    done = run(data_dir, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert ".tfrecord: File too large (" in done.stderr
+    assert_complete_shards(data_dir, finished)
+    assert not list((data_dir / "tfrecord").glob(".*.tmp"))
+    assert_resumes(data_dir, finished)
+
+
+def test_truncated_shard_is_built_again(finished, data_dir):
+    folder = Path(shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord"))
+    path = folder / "train-0003-of-0006.tfrecord"
+    start_of_last, _ = index_records(path)[-1]
+    path.write_bytes(path.read_bytes()[: start_of_last - 12])
+    with pytest.raises(ShardError, match=r"train-0003.*truncated.*run build_mtt\.py again"):
+        open_dataset(data_dir)
+    assert_resumes(data_dir, finished)

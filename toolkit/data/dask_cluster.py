@@ -1,0 +1,361 @@
+"""Building shards on the workers of a Dask cluster.
+
+`connect` runs in the build's process, `make_shard` on the workers. Workers need no copy of the
+toolkit: the build sends its package as a zip file to all workers, also to those that join later.
+Only ``build_mtt.py --scheduler`` and its workers import this module.
+"""
+
+import asyncio
+import concurrent.futures
+import hashlib
+import importlib.metadata
+import itertools
+import logging
+import os
+import pickle
+import secrets
+import socket
+import sys
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.errors import BuildError, ToolkitError
+
+import distributed.comm
+from distributed import Client, Future, KilledWorker, Security, get_worker
+from distributed.client import ClosedClientError
+from distributed.diagnostics.plugin import UploadFile
+
+CONNECT_SECONDS = 10  # timeout
+_CLOSE_SECONDS = 5  # timeout
+_TOPIC = "build_mtt"
+_RETRY = "run the same command again to resume"
+# The only module at the top of the zip file: distributed imports it, and it makes the package
+# importable. A worker may still have the package of an earlier build, possibly with other code.
+_STARTER = """
+import os, sys
+package = os.path.join(os.path.dirname(__file__), "package")
+if sys.path[0] != package:
+    sys.path[:] = [package, *(path for path in sys.path if path != package)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "toolkit"]:
+        del sys.modules[name]
+"""
+
+
+@dataclass(frozen=True)
+class _Requirements:
+    """What a worker must see and have to take part in a build."""
+
+    # Paths are strings: pathlib's pickles differ between versions of Python.
+    mark: str  # a file beside the shards that exists while the build runs
+    audio_dir: str
+    clip: str  # path of an existing file in audio_dir
+    clip_bytes: int  # its size
+    versions: dict[str, str | None]  # of Python, and of the packages that samples depend on
+    toolkit: str  # name of the zip file, which contains a hash of the package
+
+
+def _requirements(tasks: Sequence) -> _Requirements:
+    """Describe what this process sees and has."""
+    first = tasks[0]
+    clips = (mp3_path for task in tasks for _, mp3_path, _ in task.clips)
+    clip = next(path for path in clips if os.path.isfile(first.audio_dir / path))
+    content = b"".join(name.encode() + code for name, code in _package())
+    return _Requirements(
+        mark=str(first.path.with_name(f".build.{secrets.token_hex(4)}.tmp")),
+        audio_dir=str(first.audio_dir),
+        clip=clip,
+        clip_bytes=(first.audio_dir / clip).stat().st_size,
+        versions={name: _version(name) for name in ("python", "numpy", first.decoder)},
+        toolkit=f"toolkit_{hashlib.sha256(content).hexdigest()[:16]}",
+    )
+
+
+def _version(package: str) -> str | None:
+    if package == "python":
+        return ".".join(map(str, sys.version_info[:2]))
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package() -> list[tuple[str, bytes]]:
+    """Return the names and contents of the modules of the package `toolkit`."""
+    package = Path(__file__).parents[1]
+    paths = sorted(package.rglob("*.py"))
+    return [(str(path.relative_to(package.parent)), path.read_bytes()) for path in paths]
+
+
+# --- In the build's process ----------------------------------------------------------------------
+
+
+@contextmanager
+def connect(
+    scheduler: str,
+    tasks: Sequence,
+    so_far: Callable[[], str],
+    say: Callable[[str], None],
+) -> Iterator[tuple[Callable, Callable[[], int]]]:
+    """Connect to a cluster whose workers build shards.
+
+    Parameters
+    ----------
+    scheduler : str
+        Address of the scheduler, such as ``tcp://node1:8786``.
+    tasks : sequence of shards.ShardTask
+        All shards of the build. At least one clip exists as a file.
+    so_far : callable
+        Describes what is complete, for error messages.
+    say : callable
+        Prints a message.
+
+    Yields
+    ------
+    submit : callable
+        Takes a task and returns a ``concurrent.futures.Future``.
+    num_counted : callable
+        Returns the number of clips that workers have finished. Raises BuildError if the scheduler
+        is lost.
+
+    Raises
+    ------
+    BuildError
+        The scheduler cannot be reached or is lost, or workers die repeatedly.
+    """
+    _silence_loggers()
+    required = _requirements(tasks)
+    client = _connect_client(scheduler)
+    counts = {}  # finished clips by shard name
+    num_workers = None
+
+    def on_event(event: tuple) -> None:
+        _, message = event
+        if message["mark"] == required.mark:
+            # A shard whose worker died is built again from its first clip.
+            counts[message["shard"]] = max(message["clips"], counts.get(message["shard"], 0))
+
+    def submit(task) -> concurrent.futures.Future:
+        # The scheduler retries tasks of workers that die. Errors would be the same again.
+        call = pickle.dumps(_Call(pickle.dumps(task), required))
+        future = client.submit(pickle.loads, call, key=f"make_shard-{secrets.token_hex(16)}")
+        # Futures of Client.get_executor() never finish if a result is lost with its worker.
+        return asyncio.run_coroutine_threadsafe(_result(future), client.loop.asyncio_loop)
+
+    def num_counted() -> int:
+        nonlocal num_workers
+        if client.status != "running":
+            raise _lost(scheduler, so_far)
+        before, num_workers = num_workers, client.sync(_num_workers, client)
+        if num_workers == 0 and before != 0:
+            say(f"{scheduler}: no workers: waiting for workers to join")
+        return sum(list(counts.values()))
+
+    try:
+        Path(required.mark).touch()
+        client.subscribe_topic(_TOPIC, on_event)
+        _send_package(client, required)
+        yield submit, num_counted
+    except KilledWorker as error:
+        raise BuildError(
+            f"{error.allowed_failures + 1} workers died one after another with the same shard, the "
+            f"last was {error.last_worker.address} ({so_far()}), possibly out of memory: {_RETRY}, "
+            "with fewer threads per worker if they die again"
+        ) from None
+    except MemoryError:
+        raise BuildError(
+            f"a worker, or this process, ran out of memory ({so_far()}): {_RETRY}, with fewer "
+            "threads per worker"
+        ) from None
+    except ModuleNotFoundError as error:
+        raise BuildError(
+            f"a worker could not import the toolkit ({error}; {so_far()}); its log has the reason: "
+            f"{_RETRY}"
+        ) from None
+    except (
+        ClosedClientError,
+        distributed.comm.CommClosedError,
+        concurrent.futures.CancelledError,
+        asyncio.CancelledError,
+    ):
+        raise _lost(scheduler, so_far) from None
+    finally:
+        _close(client, required.mark)
+
+
+class _Call:
+    """A call of `make_shard` that is executed when its pickle is loaded.
+
+    The scheduler unpickles what is submitted. Submitting bytes keeps it from importing the toolkit.
+    """
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return make_shard, self.arguments
+
+
+async def _result(future: Future) -> dict:
+    return await future
+
+
+async def _num_workers(client: Client) -> int | None:
+    # In the client's own event loop this returns the last known number without waiting.
+    return client.scheduler_info().get("n_workers")
+
+
+def _lost(scheduler: str, so_far: Callable[[], str]) -> BuildError:
+    return BuildError(
+        f"{scheduler}: the scheduler was lost or has dropped the tasks of this build "
+        f"({so_far()}): {_RETRY}"
+    )
+
+
+def _silence_loggers() -> None:
+    """Suppress messages of distributed that no user can act on."""
+    warnings.filterwarnings("ignore", module="distributed")
+    for name in ("asyncio", *logging.root.manager.loggerDict):
+        if name.partition(".")[0] in ("asyncio", "distributed", "tornado"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+def _connect_client(scheduler: str) -> Client:
+    try:
+        # Closing a client that has not connected takes long, so test the address first. This runs
+        # in a thread because a notebook already runs an event loop.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, _test_address(scheduler)).result()
+        return Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BuildError(
+            f"--scheduler {scheduler}: no scheduler answers: {reason}: start one by "
+            "`dask scheduler` and give the address that it prints"
+        ) from None
+
+
+async def _test_address(scheduler: str) -> None:
+    security = Security().get_connection_args("client")
+    connecting = distributed.comm.connect(scheduler, timeout=CONNECT_SECONDS, **security)
+    try:
+        # Another program may listen at this address and never answer.
+        comm = await asyncio.wait_for(connecting, CONNECT_SECONDS + 1)
+    except TimeoutError:
+        raise OSError(f"Timed out waiting for an answer from {scheduler}") from None
+    await comm.close()
+
+
+def _send_package(client: Client, required: _Requirements) -> None:
+    """Send the package to all workers, present and future."""
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / f"{required.toolkit}.zip"
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr(f"{required.toolkit}.py", _STARTER)
+            for name, code in _package():
+                file.writestr(f"package/{name}", code)
+        plugin = UploadFile(str(archive))
+    # A worker that dies meanwhile does not matter; one without the package fails in its task.
+    with suppress(OSError):
+        client.register_plugin(plugin, name=required.mark)
+
+
+def _close(client: Client, mark: str) -> None:
+    """Remove the package from the cluster and disconnect, within a timeout."""
+    with suppress(Exception):
+        if client.status == "running":
+            client.sync(client.unregister_worker_plugin, mark, callback_timeout=_CLOSE_SECONDS)
+    with suppress(Exception):
+        client.close(timeout=_CLOSE_SECONDS)
+
+
+# --- On a worker ---------------------------------------------------------------------------------
+
+
+def make_shard(pickled: bytes, required: _Requirements) -> dict:
+    """Build a shard on a worker of the cluster.
+
+    Parameters
+    ----------
+    pickled : bytes
+        A pickled `shards.ShardTask`.
+    required : _Requirements
+        What the worker must see and have.
+
+    Returns
+    -------
+    dict
+        As `shards.make_shard` returns.
+
+    Raises
+    ------
+    BuildError
+        The worker does not see a folder or lacks a package, or the build has ended.
+    OSError
+        A file cannot be written.
+    """
+    worker = get_worker()
+    name = f"worker {worker.address} on {socket.gethostname()}"
+    _check_versions(name, required)
+    _check_folders(name, required)
+    if required.toolkit not in __file__:  # another build uses this worker at the same time
+        raise BuildError(
+            f"{name} has the toolkit of another build: restart this worker, and {_RETRY}"
+        )
+    try:
+        from toolkit.data import shards
+    except ImportError as error:
+        raise _unfit(name, f"lacks a package that the toolkit needs ({error})") from None
+    task = pickle.loads(pickled)
+    numbers = itertools.count(1)
+
+    def count_clip() -> None:
+        # Stop workers whose build was abandoned.
+        if not os.path.exists(required.mark):
+            raise BuildError(f"{name}: the build of {task.path} has ended")
+        _check_folders(name, required)  # a lost mount must not look like missing clips
+        message = {"mark": required.mark, "shard": task.path.name, "clips": next(numbers)}
+        worker.log_event(_TOPIC, message)
+
+    try:
+        return shards.make_shard(task, count_clip)
+    except OSError as error:
+        error.filename = f"{error.filename} ({name})"
+        raise
+    except ToolkitError as error:
+        raise BuildError(f"{name}: {error}") from None
+
+
+def _check_versions(name: str, required: _Requirements) -> None:
+    for package, wanted in required.versions.items():
+        found = _version(package)
+        if found != wanted:
+            what = f"has {package} {found}" if found else f"lacks {package}"
+            raise _unfit(name, f"{what}, the build has {wanted}")
+
+
+def _unfit(name: str, what: str) -> BuildError:
+    return BuildError(
+        f"{name} {what}: install the packages of requirements/cluster.txt there, or stop this "
+        f"worker, and {_RETRY}"
+    )
+
+
+def _check_folders(name: str, required: _Requirements) -> None:
+    folder = os.path.dirname(required.mark)
+    clip = os.path.join(required.audio_dir, required.clip)
+    for path, is_seen in (
+        (required.audio_dir, os.path.isdir(required.audio_dir)),
+        (clip, os.path.isfile(clip) and os.path.getsize(clip) == required.clip_bytes),
+        (folder, os.path.exists(required.mark)),
+    ):
+        if not is_seen:
+            raise BuildError(
+                f"{name} does not see {path} as this machine does: mount it under the same path, "
+                f"or stop this worker, and {_RETRY}"
+            )

@@ -1,0 +1,295 @@
+"""The files of a dataset: names of shards, ``manifest.json``, and the progress of a build.
+
+A build writes one small file per finished shard to ``.progress/`` and gathers them into the
+manifest at the end, so that an interrupted build can be resumed.
+"""
+
+import json
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from toolkit.data.annotations import SPLITS
+from toolkit.errors import BuildError, ShardError
+from toolkit.files import write_atomically
+
+SHARD_FOLDER = "tfrecord"
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+
+_PROGRESS_FOLDER = ".progress"
+_OPTIONS_NAME = "options.json"
+
+_SHARD_NAME = re.compile(r"(train|val|test)-(\d{4,})-of-(\d{4,})(\.seq)?\.tfrecord")
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def shard_name(split: str, shard: int, num_shards: int) -> str:
+    """Return the name of a shard, such as ``test-0000-of-0043.seq.tfrecord``."""
+    suffix = ".seq.tfrecord" if split == "test" else ".tfrecord"
+    return f"{split}-{shard:04d}-of-{num_shards:04d}{suffix}"
+
+
+def find_shards(folder: Path) -> dict[str, list[Path]]:
+    """Find the shards of each split in a folder and check that each set is complete.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the shards; other files are ignored.
+
+    Returns
+    -------
+    dict of str to list of Path
+        Shards of each split in order; a split may have none.
+
+    Raises
+    ------
+    ShardError
+        A shard is missing, or shards belong to different sets.
+    """
+    found = {split: {} for split in SPLITS}
+    totals = {split: set() for split in SPLITS}
+    for path in folder.glob("*.tfrecord"):
+        match = _SHARD_NAME.fullmatch(path.name)
+        if not match:
+            continue
+        split, shard, total, _ = match.groups()
+        if path.name != shard_name(split, int(shard), int(total)) or int(shard) >= int(total):
+            raise ShardError(
+                f"{path}: not the name of a shard, expected a name such as "
+                f"{shard_name(split, 0, int(total))}: keep one set of shards or build again"
+            )
+        found[split][int(shard)] = path
+        totals[split].add(int(total))
+    for split, paths in found.items():
+        if not paths:
+            continue
+        if len(totals[split]) > 1:
+            sizes = " and ".join(f"of {total:04d}" for total in sorted(totals[split]))
+            raise ShardError(
+                f"{folder}: {split} shards of different sets ({sizes}): keep one set or build again"
+            )
+        missing = sorted(set(range(totals[split].pop())) - paths.keys())
+        if missing:
+            raise ShardError(
+                f"{folder}: {len(missing)} of the {split} shards missing, the first is "
+                f"{missing[0]:04d}: run build_mtt.py again to build the missing shards"
+            )
+    return {split: [paths[shard] for shard in sorted(paths)] for split, paths in found.items()}
+
+
+# --- Manifest ------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | Path) -> dict:
+    """Read ``manifest.json``.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    dict
+        ``tags``, ``sample_rate``, ``num_samples`` and, per split, ``clips``, ``segments`` and
+        ``shards``; shards that `build_mtt` built also have ``options``, ``skipped`` and
+        ``versions``.
+
+    Raises
+    ------
+    ShardError
+        The file is not a manifest of a known format.
+    """
+    try:
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ShardError(f"{path}: not JSON ({error}): build the shards again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise ShardError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    missing = {"tags", "sample_rate", "num_samples", "splits"} - manifest.keys()
+    if missing:
+        raise ShardError(f"{path}: the manifest lacks {', '.join(sorted(missing))}")
+    is_valid = (
+        isinstance(manifest["tags"], list)
+        and all(isinstance(tag, str) for tag in manifest["tags"])
+        and all(_is_count(manifest[name]) for name in ("sample_rate", "num_samples"))
+    )
+    if not is_valid:
+        raise ShardError(f"{path}: tags, sample_rate or num_samples are invalid")
+    try:
+        for split in manifest["splits"].values():
+            is_valid &= _is_count(split["clips"]) and _is_count(split["segments"])
+            for shard in split["shards"]:
+                is_valid &= isinstance(shard["name"], str) and _is_count(shard.get("bytes", 0))
+    except (AttributeError, KeyError, TypeError):
+        is_valid = False
+    if not is_valid:
+        raise ShardError(f"{path}: the manifest does not list the shards of the splits")
+    return manifest
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def gather(tasks: Sequence, done: dict[str, dict], tags: Sequence[str], options: dict) -> dict:
+    """Gather the entries of all shards into a manifest.
+
+    Parameters
+    ----------
+    tasks : sequence of shards.ShardTask
+        All shards in order.
+    done : dict of str to dict
+        Entry of each shard by name (see `shards.make_shard`).
+    tags : sequence of str
+        Tags in model order.
+    options : dict
+        Options that determine the content of the shards.
+    """
+    splits = {split: {"clips": 0, "segments": 0, "shards": []} for split in SPLITS}
+    skipped = []
+    for task in tasks:
+        entry = dict(done[task.path.name])
+        skipped += entry.pop("skipped")
+        split = splits[task.split]
+        split["shards"].append(entry)
+        split["clips"] += entry["clips"]
+        split["segments"] += entry["segments"]
+    return {
+        "tags": list(tags),
+        "sample_rate": options["sample_rate"],
+        "num_samples": options["num_samples"],
+        "splits": splits,
+        "skipped": skipped,
+        "options": options,
+        "versions": {"python": platform.python_version()} | _versions("av", "numpy", "madmom"),
+    }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_manifest(folder: str | Path, manifest: dict) -> None:
+    """Write ``manifest.json`` atomically; its format is added."""
+    content = json.dumps({"format": MANIFEST_FORMAT} | manifest, indent=1, ensure_ascii=False)
+    write_atomically(Path(folder) / MANIFEST_NAME, _encode(content + "\n"))
+
+
+def _encode(content: str) -> bytes:
+    # File names that are not UTF-8 contain surrogates, which JSON can escape.
+    return content.encode(errors="backslashreplace")
+
+
+# --- Progress of a build -------------------------------------------------------------------------
+
+
+def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Path]) -> None:
+    """Check that the shards in a folder were built with the same options.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the shards, which may be empty.
+    options : dict
+        Options of this build that determine the shards.
+    unrecorded : dict
+        Values of the options that builds of earlier versions did not record.
+    tables : list of Path
+        Tables of this build, for errors.
+
+    Raises
+    ------
+    BuildError
+        An option differs, or the tables have changed.
+    """
+    path = folder / _PROGRESS_FOLDER / _OPTIONS_NAME
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    elif (folder / MANIFEST_NAME).exists():
+        earlier = read_manifest(folder / MANIFEST_NAME).get("options", {})
+    else:
+        return
+    earlier = unrecorded | earlier
+    for name, value in options.items():
+        if earlier.get(name) == value:
+            continue
+        if name != "annotations_sha256":
+            what = (
+                f"--{name.replace('_', '-')} was {as_typed(earlier.get(name))}, now "
+                f"{as_typed(value)}"
+            )
+        elif len(tables) == 1:
+            what = f"{tables[0].name} has changed since"
+        else:
+            what = "the tables or their order have changed since"
+        raise BuildError(
+            f"{folder}: contains shards of another build: {what}: use the same options, or delete "
+            "this folder to build from scratch"
+        )
+
+
+def as_typed(value: object) -> str:
+    """Format the value of an option as on the command line."""
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def start_progress(folder: Path, options: dict) -> None:
+    """Record the options of a build, before its first shard."""
+    (folder / _PROGRESS_FOLDER).mkdir(exist_ok=True)
+    write_atomically(folder / _PROGRESS_FOLDER / _OPTIONS_NAME, json.dumps(options).encode())
+
+
+def write_progress(folder: Path, entry: dict) -> None:
+    """Record a finished shard by its entry (see `shards.make_shard`)."""
+    content = json.dumps(entry, ensure_ascii=False)
+    write_atomically(folder / _PROGRESS_FOLDER / f"{entry['name']}.json", _encode(content))
+
+
+def read_progress(folder: Path, shard_of: dict[str, str]) -> dict[str, dict]:
+    """Read the entries of shards that an earlier run finished.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the shards.
+    shard_of : dict of str to str
+        Name of the shard of each clip_id, for the skipped clips of a manifest.
+
+    Returns
+    -------
+    dict of str to dict
+        Entry of each finished shard by name (see `shards.make_shard`).
+    """
+    entries = {}
+    if (folder / MANIFEST_NAME).exists():
+        manifest = read_manifest(folder / MANIFEST_NAME)
+        for split in manifest["splits"].values():
+            for entry in split["shards"]:
+                entries[entry["name"]] = entry | {"skipped": []}
+        for row in manifest["skipped"]:
+            entries[shard_of[row["clip_id"]]]["skipped"].append(row)
+    for path in (folder / _PROGRESS_FOLDER).glob("*.tfrecord.json"):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        entries[entry["name"]] = entry
+    return entries
+
+
+def remove_progress(folder: Path) -> None:
+    """Remove the progress of a build whose manifest is written."""
+    shutil.rmtree(folder / _PROGRESS_FOLDER)

@@ -1,0 +1,376 @@
+"""The records of shards: TFRecord framing, checksums, and the messages that hold clips.
+
+A shard is a TFRecord file. Each record consists of its length (little-endian uint64), the masked
+CRC-32C of the length, the bytes, and the masked CRC-32C of the bytes. Training and validation
+shards contain one ``tf.train.Example`` per segment. Test shards contain one
+``tf.train.SequenceExample`` per clip; a clip longer than `audio.PART_SAMPLES` is divided into
+several.
+
+==============  ==========================================  =================================
+feature         ``Example`` (train, val)                    ``SequenceExample`` (test)
+==============  ==========================================  =================================
+raw_labels      bytes: one uint8 per tag                    the same, in the context
+raw_segment(s)  bytes: samples of the segment               feature list, one entry per segment
+clip_id         bytes; not in published shards              the same, in the context
+mp3_path        bytes; not in published shards              the same, in the context
+encoding        bytes; only if samples are not float32      the same, in the context
+==============  ==========================================  =================================
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from toolkit.data.example_pb2 import Example, Features, SequenceExample
+from toolkit.errors import ShardError
+from toolkit.files import written_whole
+
+import google_crc32c
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+LABELS_FEATURE = "raw_labels"
+SEGMENT_FEATURE = "raw_segment"
+SEGMENTS_FEATURE = "raw_segments"
+CLIP_ID_FEATURE = "clip_id"
+MP3_PATH_FEATURE = "mp3_path"
+ENCODING_FEATURE = "encoding"
+
+# int16 halves the size. Samples are rounded to the nearest of 65,536 levels, with an error of at
+# most 2^-16, or clipped where resampling raised a peak above full scale.
+ENCODINGS = ("float32", "int16")
+INT16_SCALE = 32768
+
+_HEADER = struct.Struct("<QI")  # length, masked CRC of the length
+_FOOTER = struct.Struct("<I")  # masked CRC of the bytes
+
+
+@dataclass
+class Clip:
+    """A clip, or a part of a long clip.
+
+    Attributes
+    ----------
+    segments : np.ndarray [shape=(n_segments, n_samples), dtype=float32]
+        Consecutive segments.
+    labels : np.ndarray [shape=(n_tags,), dtype=uint8]
+        1 where the clip carries the tag.
+    clip_id, mp3_path : str
+        Identity of the clip; empty in shards of the published program.
+    part : int
+        Number of the part within the clip, from 0.
+    """
+
+    segments: np.ndarray
+    labels: np.ndarray
+    clip_id: str = ""
+    mp3_path: str = ""
+    part: int = 0
+
+
+# --- Framing -------------------------------------------------------------------------------------
+
+
+def index_records(path: str | Path) -> np.ndarray:
+    """Find the records of a shard by reading only their headers.
+
+    Parameters
+    ----------
+    path : str or Path
+        A shard.
+
+    Returns
+    -------
+    np.ndarray [shape=(n_records, 2), dtype=int64]
+        Offset of each record's bytes in the file, and their number.
+
+    Raises
+    ------
+    ShardError
+        A header is damaged or the file is truncated.
+    """
+    records = []
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        position = 0
+        while position < size:
+            header = os.pread(file.fileno(), _HEADER.size, position)
+            if len(header) < _HEADER.size:
+                raise _damaged(path, len(records), "the file is truncated")
+            length, length_crc = _HEADER.unpack(header)
+            if _masked_crc(header[:8]) != length_crc:
+                raise _damaged(path, len(records), "its length is damaged")
+            start = position + _HEADER.size
+            position = start + length + _FOOTER.size
+            if position > size:
+                raise _damaged(path, len(records), "the file is truncated")
+            records.append((start, length))
+    return np.array(records, dtype=np.int64).reshape(-1, 2)
+
+
+def read_records(path: str | Path) -> Iterator[memoryview]:
+    """Yield the records of a shard in order; their checksums are verified."""
+    index = index_records(path)
+    with open(path, "rb", buffering=0) as file:
+        for number, (start, length) in enumerate(index):
+            yield read_record(file, path, number, int(start), int(length))
+
+
+def read_record(
+    file: BinaryIO, path: str | Path, number: int, start: int, length: int
+) -> memoryview:
+    """Read one record and verify its checksum.
+
+    Parameters
+    ----------
+    file : binary file
+        The open shard; may be shared by threads, since its position is not used.
+    path : str or Path
+        Name of the shard, for errors.
+    number, start, length : int
+        Number of the record in the shard, and its row of `index_records`.
+
+    Raises
+    ------
+    ShardError
+        The record is damaged.
+    """
+    record = os.pread(file.fileno(), length + _FOOTER.size, start)
+    if len(record) < length + _FOOTER.size:
+        raise _damaged(path, number, "the file is truncated")
+    content = memoryview(record)[:length]
+    if _masked_crc(content) != _FOOTER.unpack_from(record, length)[0]:
+        raise _damaged(path, number, "its bytes do not match their checksum")
+    return content
+
+
+def write_records(path: str | Path, records: Iterable[bytes]) -> None:
+    """Write a shard atomically."""
+    with written_whole(Path(path)) as file:
+        append_records(file, records)
+
+
+def append_records(file: BinaryIO, records: Iterable[bytes]) -> None:
+    """Write records to an open shard."""
+    for record in records:
+        header = struct.pack("<Q", len(record))
+        file.write(header + _FOOTER.pack(_masked_crc(header)))
+        file.write(record)
+        file.write(_FOOTER.pack(_masked_crc(record)))
+
+
+def _masked_crc(content: bytes | memoryview) -> int:
+    # TFRecord masks checksums because the CRC of data that contains its own CRC is a constant.
+    crc = google_crc32c.value(bytes(content) if isinstance(content, memoryview) else content)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _damaged(path: str | Path, number: int, reason: str) -> ShardError:
+    return ShardError(
+        f"{path}: record {number}: {reason}: delete this shard and run build_mtt.py again"
+    )
+
+
+# --- Clips to records ----------------------------------------------------------------------------
+
+
+def encode_clip(clip: Clip, split: str, encoding: str = "float32") -> Iterator[bytes]:
+    """Yield the records of a clip: one ``Example`` per segment, or one ``SequenceExample``.
+
+    Parameters
+    ----------
+    clip : Clip
+        A clip, or a part of a long one (see `audio.cut_pieces`).
+    split : {'train', 'val', 'test'}
+        Split of the shard, which selects the message.
+    encoding : {'float32', 'int16'}
+        Type of the stored samples; the published program reads only float32.
+
+    Yields
+    ------
+    bytes
+        A record.
+    """
+    context = {
+        LABELS_FEATURE: np.asarray(clip.labels, np.uint8).tobytes(),
+        CLIP_ID_FEATURE: clip.clip_id.encode(),
+        MP3_PATH_FEATURE: clip.mp3_path.encode(),
+    }
+    if encoding == "int16":
+        context[ENCODING_FEATURE] = encoding.encode()
+        levels = np.clip(np.rint(clip.segments * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1)
+        segments = (segment.tobytes() for segment in levels.astype("<i2"))
+    else:
+        segments = (np.ascontiguousarray(segment, "<f4").tobytes() for segment in clip.segments)
+    if split == "test":
+        record = SequenceExample()
+        _set_features(record.context, context)
+        for segment in segments:
+            entry = record.feature_lists.feature_list[SEGMENTS_FEATURE].feature.add()
+            entry.bytes_list.value.append(segment)
+        yield record.SerializeToString(deterministic=True)
+        return
+    for segment in segments:
+        record = Example()
+        _set_features(record.features, context | {SEGMENT_FEATURE: segment})
+        yield record.SerializeToString(deterministic=True)
+
+
+def _set_features(features: Features, values: dict[str, bytes]) -> None:
+    for name, value in values.items():
+        features.feature[name].bytes_list.value.append(value)
+
+
+# --- Records to clips ----------------------------------------------------------------------------
+
+
+class _InvalidError(Exception):
+    """The content of a record is invalid; `decode_record` adds shard and number."""
+
+
+def decode_record(
+    record: bytes | memoryview,
+    path: str | Path,
+    number: int,
+    num_samples: int | None = None,
+    num_tags: int | None = None,
+) -> Clip:
+    """Decode a record.
+
+    Parameters
+    ----------
+    record : bytes or memoryview
+        Content of the record.
+    path : str or Path
+        Its shard, whose name selects the message.
+    number : int
+        Number of the record in the shard, for errors.
+    num_samples, num_tags : int or None
+        Expected samples per segment and number of labels; None accepts any.
+
+    Returns
+    -------
+    Clip
+        One segment of a training or validation shard; the segments of a test record.
+
+    Raises
+    ------
+    ShardError
+        The record is damaged or has another shape.
+    """
+    try:
+        clip = _decode_sequence(record) if _is_test_shard(path) else _decode_example(record)
+        if num_samples not in (None, clip.segments.shape[1]):
+            raise _InvalidError(
+                f"segments of {clip.segments.shape[1]} samples, expected {num_samples}"
+            )
+        if num_tags not in (None, len(clip.labels)):
+            raise _InvalidError(f"labels of {len(clip.labels)} tags, expected {num_tags}")
+    except _InvalidError as error:
+        raise _damaged(path, number, str(error)) from None
+    return clip
+
+
+def record_encoding(record: bytes | memoryview, path: str | Path, number: int) -> str:
+    """Return the encoding of the samples of a training or validation record."""
+    try:
+        return _encoding(_parse(Example, record).features)
+    except _InvalidError as error:
+        raise _damaged(path, number, str(error)) from None
+
+
+def count_clips(path: str | Path) -> int:
+    """Count the clips of a test shard: consecutive records with the same clip_id are one clip."""
+    count, previous = 0, b""
+    with open(path, "rb", buffering=0) as file:
+        for start, length in index_records(path):
+            clip_id = _peek_clip_id(file.fileno(), int(start), int(length))
+            count += not clip_id or clip_id != previous
+            previous = clip_id
+    return count
+
+
+def _peek_clip_id(fd: int, start: int, length: int) -> bytes:
+    """Read a test record's clip_id from its context, the first field, without the samples."""
+    prefix = os.pread(fd, min(length, 11), start)  # tag of field 1, length in up to ten bytes
+    if prefix[:1] != b"\x0a":
+        return b""
+    size = position = 0
+    for position, byte in enumerate(prefix[1:]):
+        size |= (byte & 0x7F) << 7 * position
+        if byte < 0x80:
+            break
+    content = os.pread(fd, min(size, length), start + position + 2)
+    try:
+        context = Features.FromString(content)
+    except DecodeError:
+        return b""  # reading the record will raise the error
+    values = context.feature[CLIP_ID_FEATURE].bytes_list.value
+    return values[0] if values else b""
+
+
+def _is_test_shard(path: str | Path) -> bool:
+    return str(path).endswith(".seq.tfrecord")
+
+
+def _decode_example(record: bytes | memoryview) -> Clip:
+    features = _parse(Example, record).features
+    samples = _samples(_value(features, SEGMENT_FEATURE), features)
+    return _clip(samples[np.newaxis], features)
+
+
+def _decode_sequence(record: bytes | memoryview) -> Clip:
+    message = _parse(SequenceExample, record)
+    entries = message.feature_lists.feature_list.get(SEGMENTS_FEATURE)
+    if entries is None or not entries.feature:
+        raise _InvalidError(f"no feature list {SEGMENTS_FEATURE!r}")
+    values = [entry.bytes_list.value[0] for entry in entries.feature if entry.bytes_list.value]
+    if len(values) != len(entries.feature) or len({len(value) for value in values}) > 1:
+        raise _InvalidError(f"segments of different lengths in {SEGMENTS_FEATURE!r}")
+    samples = _samples(b"".join(values), message.context)
+    segments = samples.reshape(len(values), -1)  # (num_segments, num_samples)
+    return _clip(segments, message.context)
+
+
+def _parse(message_type: type[Message], record: bytes | memoryview) -> Message:
+    try:
+        return message_type.FromString(record)
+    except DecodeError:
+        raise _InvalidError(f"not a tf.train.{message_type.__name__}") from None
+
+
+def _value(features: Features, name: str) -> bytes:
+    feature = features.feature.get(name)
+    if feature is None or len(feature.bytes_list.value) != 1:
+        raise _InvalidError(f"no feature {name!r} of bytes")
+    return feature.bytes_list.value[0]
+
+
+def _encoding(features: Features) -> str:
+    encoding = "float32"
+    if ENCODING_FEATURE in features.feature:
+        encoding = _value(features, ENCODING_FEATURE).decode(errors="replace")
+    if encoding not in ENCODINGS:
+        raise _InvalidError(f"samples are encoded as {encoding!r}")
+    return encoding
+
+
+def _samples(content: bytes, features: Features) -> np.ndarray:
+    encoding = _encoding(features)
+    if not content or len(content) % np.dtype(encoding).itemsize:
+        raise _InvalidError(f"{len(content)} bytes of samples are not {encoding} values")
+    if encoding == "int16":
+        return np.frombuffer(content, "<i2").astype(np.float32) / np.float32(INT16_SCALE)
+    return np.frombuffer(content, "<f4")
+
+
+def _clip(segments: np.ndarray, features: Features) -> Clip:
+    labels = np.frombuffer(_value(features, LABELS_FEATURE), np.uint8)
+    clip_id, mp3_path = (
+        _value(features, name).decode(errors="replace") if name in features.feature else ""
+        for name in (CLIP_ID_FEATURE, MP3_PATH_FEATURE)
+    )
+    return Clip(segments, labels, clip_id, mp3_path)

@@ -1,0 +1,166 @@
+"""Shards as tasks: plan them, find the finished ones, and build one.
+
+Building a shard means to decode its clips, cut them into segments, and write the records.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit import messages
+from toolkit.data.annotations import CLIP_ID, MP3_PATH, SPLITS
+from toolkit.data.audio import cut_pieces, decode_pieces
+from toolkit.data.manifest import read_progress, shard_name
+from toolkit.data.records import Clip, append_records, encode_clip
+from toolkit.errors import AudioError
+from toolkit.files import written_whole
+
+import numpy as np
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Everything a worker needs to build one shard."""
+
+    path: Path
+    split: str
+    audio_dir: Path
+    clips: list[tuple[str, str, bytes]]  # clip_id, mp3_path, labels as uint8 bytes
+    sample_rate: int  # Hz
+    num_samples: int  # per segment
+    stop: float | None  # seconds
+    decoder: str
+    encoding: str
+
+
+def plan_shards(
+    clips: pd.DataFrame, tags: Sequence[str], folder: Path, audio_dir: Path, options: dict
+) -> list[ShardTask]:
+    """Plan one task per shard.
+
+    Parameters
+    ----------
+    clips : pd.DataFrame
+        Clips with their shards (see `annotations.assign_shards`).
+    tags : sequence of str
+        Tags in model order.
+    folder : Path
+        Folder of the shards.
+    audio_dir : Path
+        Folder to which the paths of the clips are relative.
+    options : dict
+        Values of the other fields of `ShardTask`; further options are ignored.
+
+    Returns
+    -------
+    list of ShardTask
+        Shards of train, val and test in order.
+    """
+    labels = clips[list(tags)].to_numpy(np.uint8)  # (num_clips, num_tags)
+    names = ("sample_rate", "num_samples", "stop", "decoder", "encoding")
+    decoding = {name: options[name] for name in names}
+    tasks = []
+    for split in SPLITS:
+        shards = clips[clips["split"] == split].groupby("shard")
+        for shard, members in shards:
+            rows = members[[CLIP_ID, MP3_PATH]].itertuples()
+            members = [(clip_id, path, labels[row].tobytes()) for row, clip_id, path in rows]
+            path = folder / shard_name(split, shard, len(shards))
+            tasks.append(ShardTask(path, split, audio_dir, members, **decoding))
+    return tasks
+
+
+def finished_shards(folder: Path, tasks: list[ShardTask]) -> dict[str, dict]:
+    """Return the entries of shards that an earlier run finished and that stay as they are."""
+    shard_of = {clip_id: task.path.name for task in tasks for clip_id, _, _ in task.clips}
+    entries = read_progress(folder, shard_of)
+    done = {}
+    for task in tasks:
+        entry = entries.get(task.path.name)
+        if entry is None or not task.path.exists():
+            continue
+        is_complete = entry.get("bytes") in (None, task.path.stat().st_size)
+        if is_complete and not _gains_clips(task, entry):
+            done[task.path.name] = entry
+    return done
+
+
+def _gains_clips(task: ShardTask, entry: dict) -> bool:
+    """Return whether a clip that was skipped can be decoded now, and no other clip is missing."""
+    skipped = {row[MP3_PATH] for row in entry["skipped"]}
+    gained = [row[MP3_PATH] for row in entry["skipped"] if _can_decode(task, row[MP3_PATH])]
+    # Rebuilding must not lose clips whose audio was removed after the build.
+    kept = (mp3_path for _, mp3_path, _ in task.clips if mp3_path not in skipped)
+    if not gained or not all(os.path.isfile(task.audio_dir / mp3_path) for mp3_path in kept):
+        return False
+    messages.say(f"{task.path.name}: rebuilt, since {', '.join(gained)} can be decoded now")
+    return True
+
+
+def _can_decode(task: ShardTask, mp3_path: str) -> bool:
+    """Return whether a clip of a shard can be decoded and has at least one segment."""
+    try:
+        for _ in _decode_clip(task, mp3_path):
+            pass
+    except AudioError:
+        return False
+    return True
+
+
+def make_shard(task: ShardTask, count_clip: Callable[[], None] = lambda: None) -> dict:
+    """Build a shard.
+
+    Parameters
+    ----------
+    task : ShardTask
+        The shard.
+    count_clip : callable
+        Called after each clip.
+
+    Returns
+    -------
+    dict
+        The shard's entry in the manifest, with its name, numbers of clips, segments and bytes, and
+        in addition the skipped clips with the reason for each.
+    """
+    counts = {"clips": 0, "segments": 0}
+    skipped = []
+    with written_whole(task.path) as shard:
+        for clip_id, mp3_path, labels in task.clips:
+            start, num_segments = shard.tell(), 0
+            try:
+                for segments in _decode_clip(task, mp3_path):
+                    clip = Clip(segments, np.frombuffer(labels, np.uint8), clip_id, mp3_path)
+                    append_records(shard, encode_clip(clip, task.split, task.encoding))
+                    num_segments += len(segments)
+            except AudioError as error:
+                # Decoding may fail late; remove the clip's records.
+                shard.seek(start)
+                shard.truncate()
+                reason = str(error).removeprefix(f"{task.audio_dir}{os.sep}")
+                skipped.append({CLIP_ID: clip_id, MP3_PATH: mp3_path, "reason": reason})
+            else:
+                counts["clips"] += 1
+                counts["segments"] += num_segments
+            count_clip()
+    num_bytes = task.path.stat().st_size
+    return {"name": task.path.name, **counts, "bytes": num_bytes, "skipped": skipped}
+
+
+def _decode_clip(task: ShardTask, mp3_path: str) -> Iterator[np.ndarray]:
+    """Yield a clip's segments in parts; AudioError may be raised after some parts."""
+
+    def pieces() -> Iterator[np.ndarray]:
+        num_decoded = 0
+        path = task.audio_dir / mp3_path
+        for piece in decode_pieces(path, task.sample_rate, task.stop, task.decoder):
+            num_decoded += len(piece)
+            yield piece
+        if num_decoded < task.num_samples:
+            raise AudioError(
+                f"{mp3_path}: {num_decoded} samples are less than one segment of {task.num_samples}"
+            )
+
+    return cut_pieces(pieces(), task.num_samples)
