@@ -1,4 +1,4 @@
-"""The table of clips: the published program's rows, order, splits and shards; broken tables."""
+"""MagnaTagATune's table: the published program's rows, order, splits and shards; invalid tables."""
 
 import gzip
 import os
@@ -30,7 +30,7 @@ def write(folder, content):
     return path
 
 
-# --- The published program's table ----------------------------------------------------------------
+# --- The published program's table ---------------------------------------------------------------
 
 
 def test_table_is_the_published_programs(golden):
@@ -43,7 +43,7 @@ def test_table_is_the_published_programs(golden):
 
 
 @pytest.mark.skipif("GOLDEN_MTT_DIR" not in os.environ, reason="GOLDEN_MTT_DIR is not set")
-def test_magnatagatune_is_dealt_as_the_published_program_does(tmp_path):
+def test_magnatagatune_has_the_published_splits_and_shards(tmp_path):
     folder = Path(os.environ["GOLDEN_MTT_DIR"])
     content = gzip.decompress((folder / "annotations_final.csv.gz").read_bytes())
     clips, tags = read_mtt(write(tmp_path, content))
@@ -56,12 +56,12 @@ def test_magnatagatune_is_dealt_as_the_published_program_does(tmp_path):
     assert counts["shard"].nunique().to_dict() == {"train": 152, "val": 15, "test": 43}
 
 
-# --- Order of the tags ----------------------------------------------------------------------------
+# --- Order of the tags ---------------------------------------------------------------------------
 
 
 @st.composite
 def tied_magnatagatune_counts(draw):
-    """Counts where MagnaTagATune's 50 lead, many tied, some with tags that are none of them."""
+    """Counts with MagnaTagATune's 50 in the lead and many ties, also with other tags."""
     others = [f"other {number}" for number in range(draw(st.integers(0, 30)))]
     least = draw(st.integers(1, 5))
     counts = {tag: least + draw(st.integers(0, 3)) for tag in MTT_TOP_TAGS}
@@ -73,12 +73,12 @@ def tied_magnatagatune_counts(draw):
 
 
 @given(tied_magnatagatune_counts())
-def test_published_order_holds_however_counts_tie(table):
+def test_published_order_does_not_depend_on_ties(table):
     assert top_tags(*table) == MTT_TOP_TAGS
 
 
 @given(tied_magnatagatune_counts(), st.integers(1, 3))
-def test_a_tag_that_beats_one_of_the_published_takes_its_place(table, lead):
+def test_more_frequent_tag_replaces_a_published_one(table, lead):
     counts, names = table
     least = min(count for count, name in zip(counts, names, strict=True) if name in MTT_TOP_TAGS)
     tags = top_tags(np.append(counts, least + lead), [*names, "newcomer"])
@@ -92,7 +92,7 @@ def test_a_tag_that_beats_one_of_the_published_takes_its_place(table, lead):
     st.integers(1, 60),
     st.data(),
 )
-def test_other_tags_ascend_by_count_then_column(counts, num_tags, data):
+def test_other_tags_are_ordered_by_count_then_column(counts, num_tags, data):
     names = [f"tag {number}" for number in data.draw(st.permutations(range(len(counts))))]
     tags = top_tags(np.array(counts), names, num_tags)
     place = {name: (counts[column], column) for column, name in enumerate(names)}
@@ -103,7 +103,7 @@ def test_other_tags_ascend_by_count_then_column(counts, num_tags, data):
     assert not left_out or max(left_out) < min(places)
 
 
-# --- Splits and shards ----------------------------------------------------------------------------
+# --- Splits and shards ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_other_tags_ascend_by_count_then_column(counts, num_tags, data):
     [(folder, "train") for folder in "0123456789ab"] + [("c", "val")]
     + [(folder, "test") for folder in "def"],
 )  # fmt: skip
-def test_folder_says_the_split(tmp_path, folder, split):
+def test_folder_determines_the_split(tmp_path, folder, split):
     clips, _ = read_mtt(write(tmp_path, f"{HEADER}1\t1\t0\t{folder}/a.mp3\n"))
     assert clips["split"].tolist() == [split]
 
@@ -131,7 +131,7 @@ def test_shards_are_full_and_even(splits, num_audios_per_shard):
         assert len(sizes) == 1 or sizes.min() >= num_audios_per_shard
 
 
-# --- What a table may look like -------------------------------------------------------------------
+# --- Variants and invalid tables -----------------------------------------------------------------
 
 
 def test_clips_without_a_kept_tag_are_left_out(tmp_path):
@@ -159,7 +159,7 @@ def test_clips_without_a_kept_tag_are_left_out(tmp_path):
     ],
     ids=["byte order mark", "CRLF", "both", "quoted", "no last newline"],
 )
-def test_other_ways_to_write_the_same_table(tmp_path, content):
+def test_variants_of_the_table_are_read_alike(tmp_path, content):
     expected, expected_tags = read_mtt(write(tmp_path, HEADER + ROWS))
     clips, tags = read_mtt(write(tmp_path, content))
     assert tags == expected_tags
@@ -199,7 +199,7 @@ def test_identities_are_kept_as_written(tmp_path):
         (HEADER + "3\t0\t0\t0/z.mp3\n", "every label is 0"),
     ],
 )
-def test_broken_table_is_refused_with_its_place(tmp_path, content, found):
+def test_invalid_table_is_refused_with_its_place(tmp_path, content, found):
     path = write(tmp_path, content)
     with pytest.raises(AnnotationsError) as caught:
         read_mtt(path)
@@ -216,7 +216,7 @@ def test_broken_table_is_refused_with_its_place(tmp_path, content, found):
      "0\\a.mp3", "C:\\a.mp3", "0/a\0.mp3", "", ".", "a.mp3", "0", "g/a.mp3", "00/a.mp3",
      "mp3/0/a.mp3"],
 )  # fmt: skip
-def test_path_that_leaves_the_folders_is_refused(tmp_path, mp3_path):
+def test_path_outside_the_folders_is_refused(tmp_path, mp3_path):
     path = write(tmp_path, HEADER + ROWS + f"11\t1\t0\t{mp3_path}\n")
     with pytest.raises(AnnotationsError) as caught:
         read_mtt(path)
@@ -224,14 +224,14 @@ def test_path_that_leaves_the_folders_is_refused(tmp_path, mp3_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
-def test_file_that_is_not_there_is_named(tmp_path, kind):
+def test_missing_table_is_named(tmp_path, kind):
     path = tmp_path if kind == "folder" else tmp_path / ANNOTATIONS_NAME
     with pytest.raises(AnnotationsError, match=str(path)):
         read_mtt(path)
 
 
 @given(st.binary(max_size=60), st.integers(0, len(HEADER + ROWS)))
-def test_whatever_is_in_the_file_only_our_error_comes_out(tmp_path_factory, noise, place):
+def test_any_content_is_read_or_refused_by_one_line(tmp_path_factory, noise, place):
     whole = (HEADER + ROWS).encode()
     path = write(
         tmp_path_factory.getbasetemp(), whole[:place] + noise + whole[place + len(noise) :]

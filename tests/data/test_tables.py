@@ -1,4 +1,4 @@
-"""Tables of one's own, from the file to the shards; what they may look like; what is refused."""
+"""Your own tables: from the file to the shards, their variants, and invalid tables."""
 
 import json
 import shutil
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import build_mtt
 from input_data import open_dataset, read_clips
-from toolkit.data.annotations import MTT_TOP_TAGS, SPLITS, read_mtt
-from toolkit.data.tables import SPLIT_SHARES, TableForm, draw_splits, read_tables
+from toolkit.data.annotations import MTT_TOP_TAGS, SPLIT_SHARES, SPLITS, draw_splits, read_mtt
+from toolkit.data.tables import TableForm, read_tables
 from toolkit.errors import AnnotationsError, ToolkitError, UsageError
 
 import numpy as np
@@ -18,9 +18,9 @@ from conftest import encode_audio, synthesise, write_annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-# Half-second segments of quick clips.
+# Segments of half a second.
 OPTIONS = ["--sample-rate", "8000", "--num-samples", "4000", "--num-workers", "1"]
-# Path, artist and tags of the files that the tests build shards from.
+# Path, artist and tags of the audio files.
 SONGS = [
     ("nina/sunrise.mp3", "Nina", ("folk", "guitar")),
     ("nina/sunset.flac", "Nina", ("folk",)),
@@ -35,7 +35,7 @@ TAGS = ("loud", "blues", "folk", "guitar")  # 2, 3, 3 and 4 clips; ties by name
 
 @pytest.fixture(scope="session")
 def songs(tmp_path_factory):
-    """A folder of music, in three formats and four folders."""
+    """Audio files in three formats and four folders."""
     folder = tmp_path_factory.mktemp("songs")
     for number, (path, _, tags) in enumerate(SONGS):
         (folder / path).parent.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def quoted(*fields):
 
 
 def as_columns(folder):
-    """A CSV with columns of 0 and 1, and some that are no tags."""
+    """A CSV with columns of 0 and 1, and two other columns."""
     rows = [
         quoted(artist, path, *(int(tag in tags) for tag in TAGS), 1999 + number, "")
         for number, (path, artist, tags) in enumerate(SONGS)
@@ -65,14 +65,14 @@ def as_columns(folder):
 
 
 def as_lists(folder):
-    """A TSV with lists in a column, between semicolons."""
+    """A TSV with a column of lists, with semicolons."""
     rows = ["\t".join((path, "; ".join(tags), artist)) for path, artist, tags in SONGS]
     options = ["--tags-column", "genres", "--tags-delimiter", ";", "--split-by", "folder"]
     return [write(folder / "lists.tsv", "path\tgenres\tartist", *rows)], options
 
 
 def as_jamendo(folder):
-    """MTG-Jamendo's three tables: each tag in a column of its own, to the end of the row."""
+    """MTG-Jamendo's three tables: one column per tag, to the end of the row."""
     written = {split: [] for split in ("train", "validation", "test")}
     for number, (path, artist, tags) in enumerate(SONGS):
         row = [f"track_{number:07}", f"artist_{artist}", "album_1", path, "124.6", *tags]
@@ -86,7 +86,7 @@ def as_jamendo(folder):
 
 
 def as_one_with_splits(folder):
-    """A table between semicolons whose column says the split."""
+    """A table with semicolons and a column of the split."""
     words = ("train", "TRAIN", "valid", "test")
     rows = [
         f"{path};{','.join(tags)};{words[number % 4]}"
@@ -96,7 +96,7 @@ def as_one_with_splits(folder):
 
 
 @pytest.mark.parametrize("form", [as_columns, as_lists, as_jamendo, as_one_with_splits])
-def test_from_a_table_to_shards(songs, tmp_path, capsys, form):
+def test_every_form_of_table_is_built(songs, tmp_path, capsys, form):
     tables, options = form(tmp_path)
     data_dir = tmp_path / "new" / "mine"
     command = ["--data-dir", str(data_dir), "--annotations", *map(str, tables)]
@@ -127,7 +127,7 @@ def test_from_a_table_to_shards(songs, tmp_path, capsys, form):
     else:
         assert splits == ["train", "train", "val", "test", "train", "train", "val"]
 
-    # The same command again finds all done; other options or tables are refused.
+    # The same command again builds nothing; other options or tables are refused.
     before = {path: path.stat().st_mtime_ns for path in (data_dir / "tfrecord").glob("*.tfrecord")}
     assert build_mtt.main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -145,7 +145,7 @@ def test_from_a_table_to_shards(songs, tmp_path, capsys, form):
     assert " changed since" in capsys.readouterr().err
 
 
-def test_audio_of_another_suffix(songs, tmp_path, capsys):
+def test_audio_suffix_replaces_the_extension(songs, tmp_path, capsys):
     audio = shutil.copytree(songs, tmp_path / "audio")
     for path in list(audio.glob("*/*.*")):
         path.rename(path.with_suffix(".low.mp3"))
@@ -153,7 +153,7 @@ def test_audio_of_another_suffix(songs, tmp_path, capsys):
     command = ["--data-dir", str(tmp_path / "mine"), "--annotations", *map(str, tables), *OPTIONS]
     command += ["--audio-dir", str(audio), *options]
     assert build_mtt.main(command) == 1
-    assert "none of the 7 clips is here" in capsys.readouterr().err
+    assert "contains none of the 7 clips" in capsys.readouterr().err
     assert build_mtt.main([*command, "--audio-suffix", ".low.mp3"]) == 0
     manifest = json.loads((tmp_path / "mine" / "tfrecord" / "manifest.json").read_text())
     assert manifest["skipped"] == []
@@ -161,20 +161,20 @@ def test_audio_of_another_suffix(songs, tmp_path, capsys):
     assert sum(split["clips"] for split in manifest["splits"].values()) == 7
 
 
-def test_paths_of_magnatagatune_are_still_read_as_its_own(golden):
+def test_table_of_magnatagatune_is_read_as_such(golden):
     path = golden / "annotations" / "small.csv"
     clips, tags, found = read_tables([path])
     expected, expected_tags = read_mtt(path)
     pd.testing.assert_frame_equal(clips, expected)
     assert tags == expected_tags == MTT_TOP_TAGS
-    assert found == [f"{path}: read as MagnaTagATune's"]
-    # Split otherwise, tags and their order are the same.
+    assert found == [f"{path}: read as MagnaTagATune's table"]
+    # With another split, the tags and their order are the same.
     clips, tags, _ = read_tables([path], form=TableForm(split_by="folder"))
     assert tags == MTT_TOP_TAGS
     pd.testing.assert_frame_equal(clips.drop(columns="split"), expected.drop(columns="split"))
 
 
-# --- What a table may look like -------------------------------------------------------------------
+# --- Variants of a table -------------------------------------------------------------------------
 
 HEADER = "path,split,rock,slow\n"
 ROWS = "a.mp3,train,1,0\nb.mp3,val,1,1\nc.mp3,test,0,1\n"
@@ -196,7 +196,7 @@ ROWS = "a.mp3,train,1,0\nb.mp3,val,1,1\nc.mp3,test,0,1\n"
     ids=["byte order mark", "CRLF", "tabs", "semicolons", "blank line", "spread", "list",
          "another order", "index column"],
 )  # fmt: skip
-def test_other_ways_to_write_the_same_table(tmp_path, content):
+def test_variants_of_a_table_are_read_alike(tmp_path, content):
     path = tmp_path / "t.csv"
     path.write_bytes(content.encode())
     clips, tags, _ = read_tables([path])
@@ -208,7 +208,7 @@ def test_other_ways_to_write_the_same_table(tmp_path, content):
     ]
 
 
-def test_clips_without_a_kept_tag_are_left_out_and_it_is_said(tmp_path):
+def test_clips_without_a_kept_tag_are_left_out_with_a_note(tmp_path):
     path = write(
         tmp_path / "t.csv", "path,split,tags", "a,train,x|y", "b,train,", "c,val,x", "d,test,z"
     )
@@ -221,16 +221,16 @@ def test_clips_without_a_kept_tag_are_left_out_and_it_is_said(tmp_path):
     )
     _, tags, found = read_tables([path], form=form)
     assert tags == ("y", "z", "x")
-    assert "tags without a clip in train: z" in found
+    assert "tags without training clips: z" in found
 
 
-def test_clip_ids_are_kept_where_there_are_any(tmp_path):
+def test_clip_ids_are_kept(tmp_path):
     path = write(tmp_path / "t.csv", "clip_id,path,split,x", "007,a,train,1", "NA,b,val,1")
     clips, _, _ = read_tables([path])
     assert clips["clip_id"].tolist() == ["007", "NA"]
 
 
-# --- Splits ---------------------------------------------------------------------------------------
+# --- Splits --------------------------------------------------------------------------------------
 
 
 @given(
@@ -238,7 +238,7 @@ def test_clip_ids_are_kept_where_there_are_any(tmp_path):
     st.integers(0, 2**31 - 1),
     st.randoms(use_true_random=False),
 )
-def test_groups_are_dealt_whole_and_near_the_shares(sizes, seed, random):
+def test_groups_stay_in_one_split_near_the_shares(sizes, seed, random):
     split_of = draw_splits(sizes, seed)
     assert split_of.keys() == sizes.keys()
     assert set(split_of.values()) == set(SPLITS)
@@ -253,7 +253,7 @@ def test_groups_are_dealt_whole_and_near_the_shares(sizes, seed, random):
         assert abs(clips[split] - share * sum(sizes.values())) <= 2 * max(sizes.values())
 
 
-def test_another_seed_is_another_split():
+def test_other_seeds_give_other_splits():
     sizes = {f"artist {number}": 1 + number % 7 for number in range(200)}
     drawn = [draw_splits(sizes, seed) for seed in range(5)]
     assert all(one != other for place, one in enumerate(drawn) for other in drawn[:place])
@@ -265,7 +265,7 @@ def test_another_seed_is_another_split():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_split_does_not_depend_on_the_number_of_tags(tmp_path, seed):
+def test_split_does_not_depend_on_the_number_of_tags(tmp_path, seed):
     rows = [f"{number},artist {number % 9},x{number % 4},{number}.mp3" for number in range(40)]
     path = write(tmp_path / "t.csv", "n,artist,tags,path", *rows)
     form = TableForm(split_by="artist", split_seed=seed)
@@ -280,7 +280,7 @@ def test_the_split_does_not_depend_on_the_number_of_tags(tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_each_split_gets_clips_where_few_groups_carry_a_tag(tmp_path, seed):
+def test_every_split_has_clips_if_few_groups_carry_a_tag(tmp_path, seed):
     rows = [
         f"artist {number % 10},{'x' if number % 10 < 4 else ''},{number}.mp3"
         for number in range(40)
@@ -289,16 +289,16 @@ def test_each_split_gets_clips_where_few_groups_carry_a_tag(tmp_path, seed):
     clips, _, found = read_tables([path], form=TableForm(split_by="artist", split_seed=seed))
     assert len(clips) == 16
     assert set(clips["split"]) == set(SPLITS)
-    assert not any("splits without a clip" in sentence for sentence in found)
+    assert not any("splits without clips" in sentence for sentence in found)
 
 
-def test_splits_without_a_clip_are_said(tmp_path):
+def test_splits_without_clips_are_noted(tmp_path):
     path = write(tmp_path / "t.csv", "path,split,x,y", "a,train,1,1", "b,train,0,1", "c,val,0,0")
     _, _, found = read_tables([path])
-    assert "splits without a clip: val, test" in found
+    assert "splits without clips: val, test" in found
 
 
-# --- What is refused ------------------------------------------------------------------------------
+# --- Invalid tables ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,27 +314,27 @@ def test_splits_without_a_clip_are_said(tmp_path):
         (HEADER + ROWS + "x/../../a,train,1,0\n", "row 5, column 'path': 'x/../../a' is not"),
         (HEADER + ROWS + "x\\a.mp3,train,1,0\n", "row 5, column 'path': 'x\\\\a.mp3' is not"),
         (HEADER + ROWS + ",train,1,0\n", "row 5, column 'path': '' is not a path"),
-        (HEADER + ROWS + "./a.mp3,train,1,0\n", "row 5, column 'path': 'a.mp3' stands in row 2"),
+        (HEADER + ROWS + "./a.mp3,train,1,0\n", "row 5, column 'path': 'a.mp3' is also in row 2"),
         (HEADER + ROWS + "d.mp3,train,2,0\n", "row 5, column 'rock': found '2', expected 0 or 1"),
         (HEADER + ROWS + "d.mp3,train,,0\n", "row 5, column 'rock': found '', expected 0 or 1"),
         (HEADER + ROWS + "d.mp3,other,1,0\n", "row 5, column 'split': found 'other', expected one"),
         (HEADER + ROWS + "d.mp3,train,1\n", "row 5: 3 fields, row 1 has 4"),
         (HEADER + ROWS + "d.mp3,train,1,0,0\n", "row 5: 5 fields, row 1 has 4"),
-        ("path,split,rock,rock\na.mp3,train,1,0\n", "row 1, column 'rock': stands there twice"),
+        ("path,split,rock,rock\na.mp3,train,1,0\n", "row 1, column 'rock': the name appears twice"),
         ("path,split,rock,shard\na.mp3,train,1,0\n", "row 1, column 'shard': 'shard' cannot be"),
         ("path,split,rock\na.mp3,train,0\n", "no clip carries a tag"),
         ("path,split,tags\na,train,\"['rock']\"\n", "row 2, column 'tags': found \"['rock']\""),
         ("path,split,tags\na,train,shard\n", "row 2, column 'tags': 'shard' cannot be"),
         ('path,split,tags\na,train,"x,y"\nb,val,x,y\n', "row 2, column 'tags': 'x,y' is a list"),
-        ("path,file,split,x\na,b,train,1\n", "'path', 'file' may all be the column of paths"),
-        ("song,split,x\na,train,1\n", "none of 'song', 'split', 'x' is the column of paths"),
-        ("path,split,title\na,train,Blue\n", "no column holds only 0 and 1"),
-        ("path,x\na,1\n", "nothing says which clips are train, val and test"),
-        ("clip_id,path,split,x\n1,a,train,1\n1,b,val,1\n", "row 3, column 'clip_id': '1' stands"),
-        ("clip_id,path,split,x\n,a,train,1\n", "row 2, column 'clip_id': found nothing"),
+        ("path,file,split,x\na,b,train,1\n", "several columns of paths in 'path', 'file'"),
+        ("song,split,x\na,train,1\n", "no column of paths in 'song', 'split', 'x'"),
+        ("path,split,title\na,train,Blue\n", "no column contains only 0 and 1"),
+        ("path,x\na,1\n", "the split is unknown"),
+        ("clip_id,path,split,x\n1,a,train,1\n1,b,val,1\n", "row 3, column 'clip_id': '1' is also"),
+        ("clip_id,path,split,x\n,a,train,1\n", "row 2, column 'clip_id': the field is empty"),
     ],
 )
-def test_table_that_is_not_clear_is_refused_with_its_place(tmp_path, content, found):
+def test_invalid_table_is_refused_with_its_place(tmp_path, content, found):
     path = tmp_path / "t.csv"
     path.write_text(content)
     with pytest.raises((AnnotationsError, UsageError)) as caught:
@@ -351,14 +351,14 @@ def test_table_that_is_not_clear_is_refused_with_its_place(tmp_path, content, fo
         ({"tags_column": "none"}, "--tags-column none: "),
         ({"split_column": "none"}, "--split-column none: "),
         ({"split_by": "none"}, "--split-by none: "),
-        ({"split_by": "folder"}, "row 2, column 'path': is in no folder"),
+        ({"split_by": "folder"}, "row 2, column 'path': the path has no folder"),
         (
             {"split_by": "rock"},
-            "column 'rock': 2 different with a tag, too few for train, val, test",
+            "column 'rock': 2 groups with tags, too few for train, val, test",
         ),
-        ({"split_seed": 1}, "--split-seed: is of --split-by"),
+        ({"split_seed": 1}, "--split-seed: needs --split-by"),
         ({"split_by": "rock", "split_seed": 5_000_000_000}, "--split-seed: must be less than 2^32"),
-        ({"tags_delimiter": "|"}, "--tags-delimiter: say by --tags-column"),
+        ({"tags_delimiter": "|"}, "--tags-delimiter: give the column"),
         ({"tags_delimiter": ""}, "--tags-delimiter: must not be empty"),
         ({"split_by": "rock", "split_column": "split"}, "--split-column and --split-by"),
     ],
@@ -374,10 +374,14 @@ def test_options_that_do_not_fit_the_table_are_refused(tmp_path, form, found):
 def test_tables_that_do_not_belong_together_are_refused(tmp_path):
     one = write(tmp_path / "x-train.csv", "path,x", "a,1")
     for name, lines, found in (
-        ("x-test.csv", ["path,y", "b,1"], "x-test.csv: its columns ('path', 'y') are not those of"),
-        ("x-test.csv", ["path,x", "a,1"], f"row 2, column 'path': 'a' stands in row 2 of {one}"),
-        ("x-rest.csv", ["path,x", "b,1"], "nothing says which clips are train, val and test"),
-        ("x-train-test.csv", ["path,x", "b,1"], "nothing says which clips are train, val and test"),
+        (
+            "x-test.csv",
+            ["path,y", "b,1"],
+            "x-test.csv: its columns ('path', 'y') differ from those of",
+        ),
+        ("x-test.csv", ["path,x", "a,1"], f"row 2, column 'path': 'a' is also in row 2 of {one}"),
+        ("x-rest.csv", ["path,x", "b,1"], "the split is unknown"),
+        ("x-train-test.csv", ["path,x", "b,1"], "the split is unknown"),
     ):
         with pytest.raises(ToolkitError) as caught:
             read_tables([one, write(tmp_path / name, *lines)])
@@ -385,14 +389,14 @@ def test_tables_that_do_not_belong_together_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
-def test_file_that_is_not_there_is_named(tmp_path, kind):
+def test_missing_table_is_named(tmp_path, kind):
     path = tmp_path if kind == "folder" else tmp_path / "none.csv"
     with pytest.raises(AnnotationsError, match=str(path)):
         read_tables([path])
 
 
 @given(st.binary(max_size=60), st.integers(0, len(HEADER + ROWS)))
-def test_whatever_is_in_the_file_only_our_error_comes_out(tmp_path_factory, noise, place):
+def test_any_content_is_read_or_refused_by_one_line(tmp_path_factory, noise, place):
     whole = (HEADER + ROWS).encode()
     path = tmp_path_factory.getbasetemp() / "noise.csv"
     path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])
@@ -405,17 +409,17 @@ def test_whatever_is_in_the_file_only_our_error_comes_out(tmp_path_factory, nois
         assert set(clips["split"]) <= set(SPLITS)
 
 
-def test_folders_that_are_not_there_are_named(tmp_path, capsys):
+def test_missing_audio_folder_is_named(tmp_path, capsys):
     tables, options = as_columns(tmp_path)
     command = ["--data-dir", str(tmp_path / "mine"), "--annotations", str(tables[0]), *options]
     assert build_mtt.main(command) == 1
     assert (
-        f"{Path('mine') / 'mp3'}: no such folder: name that of the audio" in capsys.readouterr().err
+        f"{Path('mine') / 'mp3'}: no such folder: give the audio folder" in capsys.readouterr().err
     )
     assert not (tmp_path / "mine").exists()
 
 
-def test_magnatagatune_of_fewer_tags(tmp_path, capsys):
+def test_magnatagatune_with_fewer_tags(tmp_path, capsys):
     rows = [[n + 1, n % 2, 1, 0, f"{folder}/{n}.wav"] for n, folder in enumerate("01cf")]
     write_annotations(tmp_path / "annotations_final.csv", rows, tags=("a", "b", "c"))
     for *_, path in rows:

@@ -263,10 +263,10 @@ def _find_path_column(table: _Table, form: TableForm) -> str:
         return table.named(form.path_column, "--path-column")
     found = [name for name in table.header if name.casefold() in PATH_COLUMNS]
     if len(found) != 1:
-        what = "several columns" if found else "no column"
+        what = "several columns of paths" if found else "no column of paths"
         raise UsageError(
-            f"{table.rows[0].path}: {what} may contain the paths ({_listed(found or table.header)})"
-            ": select one by --path-column"
+            f"{table.rows[0].path}: {what} in {_listed(found or table.header)}: select one by "
+            "--path-column"
         )
     return found[0]
 

@@ -1,0 +1,108 @@
+"""Dask clusters on this machine, started in a folder without the toolkit."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+
+from builds import start
+
+# Preload of a worker that takes time to flush each file.
+SLOW = """
+import os, time
+def fsync(file, flush=os.fsync):
+    time.sleep({seconds})
+    flush(file)
+os.fsync = fsync
+"""
+
+
+class Cluster:
+    """A scheduler, and workers that tests add and kill."""
+
+    def __init__(self, folder, stack):
+        self.folder = folder
+        self.stack = stack
+        (folder / "elsewhere").mkdir()
+        where = folder / "scheduler.json"
+        options = ["--port", "0", "--host", "127.0.0.1", "--scheduler-file", str(where)]
+        # Workers without a heartbeat for 4 s are considered dead.
+        self.scheduler = self.start(
+            "scheduler", *options, "--no-dashboard", DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="4s"
+        )
+        wait_until(where.exists)
+        self.address = json.loads(where.read_text())["address"]
+
+    def start(self, kind, *options, before=(), **environment):
+        module = [sys.executable, "-m", f"distributed.cli.dask_{kind}"]
+        environment = os.environ | environment
+        environment.pop("PYTHONPATH", None)
+        with open(self.folder / f"{kind}.log", "a") as log:
+            process = subprocess.Popen(
+                [*before, *module, *options],
+                cwd=self.folder / "elsewhere", env=environment, stdout=log, stderr=log,
+            )  # fmt: skip
+        self.stack.callback(kill, process)
+        return process
+
+    def add_worker(self, preload="", before=(), num_threads=1):
+        """Start a worker that runs some code first, possibly by another command."""
+        path = self.folder / f"preload_{time.monotonic_ns()}.py"
+        path.write_text(preload)
+        return self.start(
+            "worker", self.address, "--nthreads", str(num_threads), "--no-nanny", "--no-dashboard",
+            "--host", "127.0.0.1", "--local-directory", str(self.folder), "--preload", str(path),
+            before=before,
+        )  # fmt: skip
+
+    def log(self):
+        return "".join(path.read_text() for path in self.folder.glob("*.log"))
+
+
+@contextmanager
+def start_cluster(folder):
+    with ExitStack() as stack:
+        cluster = Cluster(folder, stack)
+        try:
+            yield cluster
+        except BaseException:
+            print(cluster.log())
+            raise
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+
+
+def wait_until(is_true, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextmanager
+def started(data_dir, cluster, *options):
+    """Start a build on a cluster."""
+    process = start(data_dir, "--scheduler", cluster.address, *options)
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def written_by(data_dir, worker):
+    """List the temporary files of shards that a worker of this machine is writing."""
+    return list((data_dir / "tfrecord").glob(f".*.{socket.gethostname()}.{worker.pid}.*.tmp"))
+
+
+def refusal_of(done):
+    """Return the line of a build that failed."""
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("build_mtt.py: error: ")
+    return done.stderr

@@ -1,0 +1,189 @@
+"""Building on a Dask cluster gives the same bytes; a worker that does not fit is named."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import build_mtt
+
+import pytest
+from builds import OPTIONS, SCRIPT, contents, run, shards_in
+
+pytest.importorskip("distributed")
+
+from clusters import SLOW, refusal_of, start_cluster, started, wait_until
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A scheduler and two workers, which tests must not change."""
+    with start_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        cluster.add_worker()
+        cluster.add_worker(num_threads=2)
+        yield cluster
+
+
+@pytest.fixture
+def own_cluster(tmp_path):
+    """A scheduler without workers."""
+    with start_cluster(tmp_path) as cluster:
+        yield cluster
+
+
+# --- The same bytes -------------------------------------------------------------------------------
+
+
+def test_shards_and_messages_are_those_of_a_local_build(cluster, data_dir, finished):
+    # A relative folder is relative to the build, not to the worker.
+    done = run(Path(data_dir.name), "--scheduler", cluster.address, cwd=data_dir.parent)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert contents(data_dir) == contents(finished[0])
+
+    def without_time(messages):
+        *lines, last = messages.splitlines()
+        return [*lines, last.partition(": ")[2].partition(", ")[2]]
+
+    assert without_time(done.stderr) == without_time(finished[1])
+    assert done.stderr.count("skipped clip ") == 3
+
+
+@pytest.mark.slow
+def test_workers_run_the_code_of_the_build_after_builds_of_other_code(
+    own_cluster, source, tmp_path
+):
+    own_cluster.add_worker()
+    plain, marked = tmp_path / "plain", tmp_path / "marked"
+    for folder in (plain, marked):
+        shutil.copytree(SCRIPT.parent / "toolkit", folder / "toolkit")
+        shutil.copy(SCRIPT, folder)
+    module = marked / "toolkit" / "data" / "shards.py"
+    code, entry = module.read_text(), 'return {"name": task.path.name, '
+    assert entry in code
+    module.write_text(code.replace(entry, f'{entry}"by": "marked", '))
+    for number, toolkit in enumerate((plain, marked, plain, marked)):
+        data_dir = Path(shutil.copytree(source, tmp_path / str(number)))
+        done = subprocess.run(
+            [
+                sys.executable, str(toolkit / "build_mtt.py"), "--data-dir", str(data_dir),
+                *OPTIONS, "--scheduler", own_cluster.address,
+            ],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
+        entries = [entry for split in manifest["splits"].values() for entry in split["shards"]]
+        assert {"by" in entry for entry in entries} == {toolkit == marked}, number
+
+
+@pytest.mark.slow
+def test_progress_counts_single_clips(own_cluster, data_dir, monkeypatch):
+    own_cluster.add_worker(
+        "import os, time\n"
+        "def exists(path, exists=os.path.exists):\n"
+        "    time.sleep('.build.' in str(path) and 0.1)\n"
+        "    return exists(path)\n"
+        "os.path.exists = exists\n"
+    )
+    shown = []
+    bar = build_mtt.messages.progress
+
+    def progress(**options):
+        made = bar(**options)
+        update = made.update
+        made.update = lambda n: (update(n), shown.append(made.n))
+        return made
+
+    monkeypatch.setattr(build_mtt.messages, "progress", progress)
+    build_mtt.build(
+        data_dir, sample_rate=8000, num_samples=4000, num_audios_per_shard=24,
+        scheduler=own_cluster.address,
+    )  # fmt: skip
+    assert shown == sorted(shown)
+    assert shown[-1] <= 24
+    assert any(count % 6 for count in shown)  # shards have 12, 6 and 6 clips
+
+
+# --- Workers and addresses that do not fit --------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joins_late", [False, True])
+@pytest.mark.parametrize(
+    ("hidden", "named"),
+    [(".", "mp3"), ("mp3", "mp3/0/clip-00-0-1.mp3"), ("tfrecord", "tfrecord")],
+)
+def test_worker_that_does_not_see_a_folder_is_named(
+    own_cluster, data_dir, hidden, named, joins_late
+):
+    (data_dir / "tfrecord").mkdir()
+    # The worker has an empty file system mounted over the folder.
+    mount = f'mount -t tmpfs tmpfs "{data_dir / hidden}" && exec "$@"'
+    before = ["unshare", "--mount", "sh", "-c", mount, "sh"]
+    tried = subprocess.run([*before, "true"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"cannot hide a folder from a process: {tried.stderr.strip()}")
+    if joins_late:
+        own_cluster.add_worker(SLOW.format(seconds=0.5))
+        with started(data_dir, own_cluster) as process:
+            wait_until(lambda: shards_in(data_dir))
+            own_cluster.add_worker(before=before)
+            out, err = process.communicate(timeout=60)
+        done = subprocess.CompletedProcess([], process.returncode, out, err)
+    else:
+        own_cluster.add_worker(before=before)
+        done = run(data_dir, "--scheduler", own_cluster.address)
+    line = refusal_of(done).removeprefix("build_mtt.py: error: worker tcp://127.0.0.1:")
+    assert f" on {socket.gethostname()} does not see {data_dir / named} as this " in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preload", "what"),
+    [
+        (
+            "import sys\nclass Version(tuple):\n    major, minor = 3, 99\n"
+            "sys.version_info = Version((3, 99, 0, 'final', 0))\n",
+            f"has python 3.99, the build has 3.{sys.version_info.minor}",
+        ),
+        (
+            "import importlib.metadata as m\n"
+            "m.version = lambda name, find=m.version: '0.1' if name == 'av' else find(name)\n",
+            "has av 0.1, the build has ",
+        ),
+        (
+            "import importlib.metadata as m\n"
+            "m.distribution = lambda name, find=m.distribution: find(name.replace('av', 'none'))\n",
+            "lacks av, the build has ",
+        ),
+        (
+            "import sys\nsys.modules['google_crc32c'] = None\n",
+            "lacks a package that the toolkit needs (imp",
+        ),
+    ],
+)
+def test_worker_that_lacks_a_package_is_named(own_cluster, data_dir, preload, what):
+    own_cluster.add_worker(preload)
+    line = refusal_of(run(data_dir, "--scheduler", own_cluster.address))
+    assert f" on {socket.gethostname()} {what}" in line
+    assert "install the packages of requirements/cluster.txt there" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_missing_scheduler_is_one_line(capsys, data_dir, is_silent):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if is_silent:
+            listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        line = refusal_of(run(data_dir, "--scheduler", address))
+    assert f"--scheduler {address}: no scheduler answers: Timed out " in line
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8786", "tcp://127.0.0.1:port", ""])
+def test_invalid_address_is_one_line(data_dir, address):
+    line = refusal_of(run(data_dir, "--scheduler", address))
+    assert f"--scheduler {address}: no scheduler answers: " in line

@@ -1,0 +1,137 @@
+"""Builds on a cluster whose workers, scheduler or disk fail: one line, then the same bytes."""
+
+import signal
+import socket
+
+import pytest
+from builds import build, contents, fill_disk, run, shards_in
+
+pytest.importorskip("distributed")
+
+from clusters import SLOW, refusal_of, start_cluster, started, wait_until, written_by
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A scheduler without workers."""
+    with start_cluster(tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.mark.slow
+def test_killed_worker_does_not_change_the_shards(cluster, data_dir, finished):
+    workers = [cluster.add_worker(SLOW.format(seconds=0.3)) for _ in range(3)]
+    with started(data_dir, cluster) as process:
+        wait_until(lambda: written_by(data_dir, workers[1]))
+        workers[1].kill()
+        workers[1].wait()
+        assert written_by(data_dir, workers[1])  # it died while writing
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert contents(data_dir) == contents(finished[0])
+    assert err.splitlines()[-1].endswith("3 clips skipped")
+
+
+@pytest.mark.slow
+def test_workers_may_join_late_and_leave(cluster, data_dir, finished):
+    with started(data_dir, cluster) as process:
+        line = process.stderr.readline()
+        assert line == f"{cluster.address}: no workers: waiting for workers to join\n"
+        first = cluster.add_worker(SLOW.format(seconds=0.3))
+        wait_until(lambda: shards_in(data_dir))
+        late = cluster.add_worker(SLOW.format(seconds=0.3))
+        wait_until(lambda: written_by(data_dir, late))
+        first.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert contents(data_dir) == contents(finished[0])
+
+
+@pytest.mark.slow
+def test_stopped_worker_that_continues_later_changes_nothing(cluster, data_dir, finished):
+    stopped = cluster.add_worker(SLOW.format(seconds=0.3))
+    with started(data_dir, cluster) as process:
+        wait_until(lambda: written_by(data_dir, stopped))
+        stopped.send_signal(signal.SIGSTOP)
+        half_written = written_by(data_dir, stopped)
+        cluster.add_worker()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert half_written
+    assert contents(data_dir) == contents(finished[0])
+    stopped.send_signal(signal.SIGCONT)
+    stopped.wait(timeout=60)  # it finishes its shard, and the scheduler ends it
+    assert contents(data_dir) == contents(finished[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_build_resumes(cluster, data_dir, finished, number):
+    cluster.add_worker(SLOW.format(seconds=0.3))
+    with started(data_dir, cluster) as process:
+        wait_until(lambda: shards_in(data_dir))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.startswith(f"build_mtt.py: error: stopped by {number.name}: run the same command")
+    assert err.count("\n") == 1
+    assert not list((data_dir / "tfrecord").glob(".*.tmp"))
+    assert 0 < len(shards_in(data_dir)) < 12
+    done = run(data_dir, "--scheduler", cluster.address)
+    assert done.returncode == 0, done.stderr
+    assert contents(data_dir) == contents(finished[0])
+
+
+@pytest.mark.slow
+def test_build_that_lost_its_scheduler_resumes_locally(cluster, data_dir, finished):
+    cluster.add_worker(SLOW.format(seconds=0.3))
+    with started(data_dir, cluster) as process:
+        wait_until(lambda: shards_in(data_dir))
+        cluster.scheduler.kill()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith(f"build_mtt.py: error: {cluster.address}: the scheduler was lost or")
+    assert " of 12 shards are complete): run the same command again to resume\n" in err
+    assert err.count("\n") == 1
+    assert build(data_dir) == 0
+    assert contents(data_dir) == contents(finished[0])
+
+
+@pytest.mark.slow
+def test_shard_that_kills_its_workers_ends_the_build(cluster, data_dir):
+    with started(data_dir, cluster, "--num-audios-per-shard", "24") as process:
+        while process.poll() is None:
+            worker = cluster.add_worker("import os\nos.replace = lambda *paths: os._exit(9)\n")
+            wait_until(lambda worker=worker: {worker.poll(), process.poll()} != {None})
+        _, err = process.communicate()
+    assert process.returncode == 1
+    *waiting, line = err.splitlines()
+    assert all("no workers: waiting for workers to join" in message for message in waiting)
+    assert "error: 4 workers died one after another with the same shard, the last was tcp" in line
+    assert "(0 of 3 shards are complete), possibly out of memory: run the same" in line
+
+
+def test_full_disk_of_a_worker_is_one_line_and_the_build_resumes(
+    cluster, data_dir, finished, small_disk
+):
+    cluster.add_worker()
+    filler = fill_disk(small_disk, room=300_000)  # for some of the shards
+    (data_dir / "tfrecord").symlink_to(small_disk / "tfrecord")
+    (small_disk / "tfrecord").mkdir()
+    line = refusal_of(run(data_dir, "--scheduler", cluster.address))
+    assert ": No space left on device (" in line
+    assert "free some space and run the same command again to resume" in line
+    filler.unlink()
+    done = run(data_dir, "--scheduler", cluster.address)
+    assert done.returncode == 0, done.stderr
+    assert contents(data_dir) == contents(finished[0])
+
+
+def test_file_that_a_worker_cannot_write_is_named_with_the_worker(cluster, data_dir):
+    cluster.add_worker()
+    # A folder has the name of the shard.
+    blocked = data_dir / "tfrecord" / "train-0002-of-0006.tfrecord"
+    (blocked / "in the way").mkdir(parents=True)
+    line = refusal_of(run(data_dir, "--scheduler", cluster.address))
+    assert f"{blocked} (worker tcp://127.0.0.1:" in line
+    assert line.endswith(f" on {socket.gethostname()}): Is a directory\n")

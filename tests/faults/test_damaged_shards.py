@@ -1,0 +1,129 @@
+"""Damaged and truncated shards: an error that names the record, never wrong clips or a crash."""
+
+import json
+import shutil
+
+from input_data import SegmentReader, open_dataset, read_clips
+from toolkit.data.records import index_records, read_records, write_records
+from toolkit.errors import ShardError
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shards import TEST_SHARD, TRAIN_SHARD, write_published_shards, write_shard
+
+
+@pytest.fixture(scope="module", params=[TRAIN_SHARD, TEST_SHARD])
+def shard(request, tmp_path_factory):
+    return write_shard(tmp_path_factory.mktemp("shard") / request.param)
+
+
+def read_or_refuse(path, content):
+    """Read a shard's clips; None if it is refused by one line that names the record."""
+    path.write_bytes(content)
+    try:
+        return list(read_clips([path]))
+    except ShardError as error:
+        assert str(error).startswith(f"{path}: record ")
+        assert "\n" not in str(error)
+        return None
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_byte_is_noticed(shard, tmp_path, data):
+    content = bytearray(shard.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    assert read_or_refuse(tmp_path / shard.name, content) is None
+
+
+@pytest.mark.parametrize("bit", [0, 3, 7])
+def test_flipped_bit_of_a_header_is_noticed(shard, tmp_path, bit):
+    for number, (start, _) in enumerate(index_records(shard)):
+        for place in range(start - 12, start):
+            content = bytearray(shard.read_bytes())
+            content[place] ^= 1 << bit
+            path = tmp_path / shard.name
+            path.write_bytes(content)
+            with pytest.raises(ShardError, match=f"{path.name}: record {number}: "):
+                list(read_clips([path]))
+
+
+def test_truncated_shard_is_noticed(shard, tmp_path):
+    content = shard.read_bytes()
+    clips = list(read_clips([shard]))
+    ends = {0, *(int(start + length + 4) for start, length in index_records(shard))}
+    places = {*range(0, len(content), 37), *(end + step for end in ends for step in (-1, 0, 1))}
+    for place in sorted(place for place in places if 0 <= place < len(content)):
+        found = read_or_refuse(tmp_path / shard.name, content[:place])
+        # Without a manifest, truncation at the end of a record cannot be noticed.
+        assert (found is not None) == (place in ends)
+        segments = [segment for clip in found or [] for segment in clip.segments]
+        whole = [segment for clip in clips for segment in clip.segments]
+        for one, other in zip(segments, whole, strict=False):
+            np.testing.assert_array_equal(one, other)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200))
+def test_any_bytes_with_valid_checksums_are_read_or_refused(tmp_path, noise):
+    for name in (TRAIN_SHARD, TEST_SHARD):
+        write_records(tmp_path / name, [noise])
+        read_or_refuse(tmp_path / name, (tmp_path / name).read_bytes())
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_byte_with_a_valid_checksum_is_read_or_refused(shard, tmp_path, data):
+    records = [bytearray(record) for record in read_records(shard)]
+    record = records[data.draw(st.integers(0, len(records) - 1))]
+    record[data.draw(st.integers(0, len(record) - 1))] ^= data.draw(st.integers(1, 255))
+    path = tmp_path / shard.name
+    write_records(path, [bytes(record) for record in records])
+    read_or_refuse(path, path.read_bytes())
+
+
+def test_damage_is_named_by_the_segment_reader(tmp_path):
+    data_dir = write_published_shards(tmp_path / "dataset", num_clips=6, num_tags=50)
+    path = data_dir / "tfrecord" / "train-0001-of-0002.tfrecord"
+    reader_dataset = open_dataset(data_dir)
+    start, _ = index_records(path)[3]
+    content = bytearray(path.read_bytes())
+    content[start + 100] ^= 1
+    path.write_bytes(content)
+    reader = SegmentReader(reader_dataset)
+    with pytest.raises(ShardError, match=rf"{path}: record 3: its bytes do not match"):
+        list(reader.batches(4, np.arange(reader.num_segments)))
+    reader.close()
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_missing_last_records_are_noticed_by_the_manifest(tmp_path, tiny_dataset, split):
+    shutil.copytree(tiny_dataset / "tfrecord", tmp_path / "tfrecord")
+    path = sorted((tmp_path / "tfrecord").glob(f"{split}-*"))[0]
+    start, length = index_records(path)[-2]
+    path.write_bytes(path.read_bytes()[: start + length + 4])
+    assert list(read_clips([path]))
+    with pytest.raises(
+        ShardError,
+        match=rf"{path}: \d+ bytes, expected \d+ by manifest\.json: .*run build_mtt\.py again",
+    ):
+        open_dataset(tmp_path)
+
+
+def test_missing_records_are_noticed_by_manifests_without_sizes(tmp_path, tiny_dataset):
+    """Manifests of earlier versions contain counts only."""
+    folder = tmp_path / "tfrecord"
+    shutil.copytree(tiny_dataset / "tfrecord", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for split in manifest["splits"].values():
+        for entry in split["shards"]:
+            del entry["bytes"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    path = folder / "train-0002-of-0003.tfrecord"
+    start, length = index_records(path)[-2]
+    path.write_bytes(path.read_bytes()[: start + length + 4])
+    with pytest.raises(ShardError, match=r"20 train segments, expected 21 by manifest\.json"):
+        SegmentReader(open_dataset(tmp_path))

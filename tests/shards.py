@@ -1,0 +1,55 @@
+"""Small shards of random clips, written with and without a manifest."""
+
+from input_data import Clip
+from toolkit.data.manifest import shard_name
+from toolkit.data.records import encode_clip, write_records
+
+import numpy as np
+
+NUM_SAMPLES = 300
+NUM_TAGS = 7
+TRAIN_SHARD = "train-0000-of-0001.tfrecord"
+TEST_SHARD = "test-0000-of-0001.seq.tfrecord"
+SPLIT_OF = {TRAIN_SHARD: "train", TEST_SHARD: "test"}
+
+
+def make_clips(num_clips=3, num_samples=NUM_SAMPLES, num_tags=NUM_TAGS, seed=0):
+    random = np.random.default_rng(seed)
+    return [
+        Clip(
+            random.standard_normal((1 + number % 3, num_samples)).astype(np.float32),
+            random.integers(0, 2, num_tags).astype(np.uint8),
+            str(100 + number),
+            f"0/clip-{number}.mp3",
+        )
+        for number in range(num_clips)
+    ]
+
+
+def write_shard(path, clips=None, split=None):
+    clips = make_clips() if clips is None else clips
+    split = split or path.name.split("-")[0]
+    write_records(path, (record for clip in clips for record in encode_clip(clip, split)))
+    return path
+
+
+def write_published_shards(data_dir, num_clips=3, num_tags=NUM_TAGS, num_samples=NUM_SAMPLES):
+    """Write two training shards and one each of validation and test, without a manifest."""
+    folder = data_dir / "tfrecord"
+    folder.mkdir(parents=True)
+    for split, num_shards in (("train", 2), ("val", 1), ("test", 1)):
+        for shard in range(num_shards):
+            clips = make_clips(num_clips, num_samples, num_tags, seed=shard)
+            write_shard(folder / shard_name(split, shard, num_shards), clips)
+    return data_dir
+
+
+def assert_same_clips(found, expected):
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.segments.dtype == np.float32
+        assert one.labels.dtype == np.uint8
+        np.testing.assert_array_equal(one.segments, other.segments)
+        np.testing.assert_array_equal(one.labels, other.labels)
+        assert (one.clip_id, one.mp3_path) == (other.clip_id, other.mp3_path)
