@@ -30,6 +30,7 @@ from toolkit.data.records import (
     index_records,
     read_record,
     read_records,
+    read_segment,
     record_encoding,
 )
 from toolkit.errors import AnnotationsError, ShardError
@@ -262,6 +263,7 @@ class SegmentReader:
             ]
             or [np.zeros((0, 4), np.int64)]
         )
+        self._is_verified = np.zeros(len(self._records), bool)  # checksums, once per reader
         expected = dataset.splits[split].num_segments
         if expected is not None and self.num_segments != expected:
             self.close()
@@ -277,13 +279,12 @@ class SegmentReader:
     def is_int16(self) -> bool:
         """Return whether all shards store samples as int16, judged by their first records."""
         firsts = self._records[self._records[:, 1] == 0]
-        return all(record_encoding(*self._read_record(row)) == "int16" for row in firsts)
-
-    def _read_record(self, row: np.ndarray) -> tuple[memoryview, Path, int]:
-        """Read the record of a row: its content, its shard, and its number in the shard."""
-        shard, number, start, length = (int(value) for value in row)
-        path = self._paths[shard]
-        return read_record(self._files[shard], path, number, start, length), path, number
+        for shard, *place in firsts.tolist():
+            path = self._paths[shard]
+            record = read_record(self._files[shard], path, *place)
+            if record_encoding(record, path, place[0]) != "int16":
+                return False
+        return True
 
     def close(self) -> None:
         """Close the shards and stop the threads."""
@@ -313,11 +314,13 @@ class SegmentReader:
         """
         segments = np.empty((len(rows), self.num_samples), np.float32)
         labels = np.empty((len(rows), self.num_tags), np.float32)
-        for place, row in enumerate(rows):
-            record = self._read_record(self._records[row])
-            clip = decode_record(*record, self.num_samples, self.num_tags)
-            segments[place] = clip.segments[0]
-            labels[place] = clip.labels
+        records, is_verified = self._records[rows].tolist(), self._is_verified[rows].tolist()
+        for place, (shard, number, start, length) in enumerate(records):
+            read_segment(
+                self._files[shard], self._paths[shard], number, start, length,
+                segments[place], labels[place], verify=not is_verified[place],
+            )  # fmt: skip
+        self._is_verified[rows] = True
         return segments, labels
 
     def batches(

@@ -159,7 +159,7 @@ def test_worker_that_does_not_see_a_folder_is_named(
             "lacks av, the build has ",
         ),
         (
-            "import sys\nsys.modules['google_crc32c'] = None\n",
+            "import sys\nsys.modules['crc32c'] = None\n",
             "lacks a package that the toolkit needs (imp",
         ),
     ],

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import build_mtt
 import input_data
-from input_data import Clip, SegmentReader, open_dataset, read_clips, shuffled_order
+from input_data import Clip, SegmentReader, Split, open_dataset, read_clips, shuffled_order
 from toolkit.data import audio
 from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.data.example_pb2 import Example, Features
 from toolkit.data.manifest import read_manifest, shard_name, write_manifest
 from toolkit.data.records import encode_clip, index_records, write_records
 from toolkit.errors import AnnotationsError, ShardError
@@ -28,6 +29,7 @@ from shards import (
     TEST_SHARD,
     TRAIN_SHARD,
     assert_same_clips,
+    make_clips,
     write_published_shards,
     write_shard,
 )
@@ -215,6 +217,52 @@ def test_reader_reads_segments_in_any_order(segments_dataset, reader):
         assert [array.dtype for array in found] == [np.float32, np.float32]
         np.testing.assert_array_equal(found[0], segments[rows])
         np.testing.assert_array_equal(found[1], labels[rows])
+
+
+def reordered(record):
+    """Serialise the features of a record in reverse order, which protobuf allows."""
+    features = Example.FromString(record).features.feature
+    entries = [
+        Features(feature={name: features[name]}).SerializeToString()
+        for name in sorted(features, reverse=True)
+    ]
+    content = b"".join(entries)
+    return record[: len(record) - len(content)] + content
+
+
+@pytest.mark.parametrize("encoding", ["float32", "int16"])
+@pytest.mark.parametrize("change", [lambda record: record, reordered])
+def test_reader_reads_any_layout_and_verifies_it(tmp_path, encoding, change):
+    (folder := tmp_path / "tfrecord").mkdir()
+    path = folder / TRAIN_SHARD
+    clips = make_clips(4, num_tags=50)
+    records = [change(record) for clip in clips for record in encode_clip(clip, "train", encoding)]
+    write_records(path, records)
+    dataset = open_dataset(tmp_path)
+    segments, labels = direct(dataset)
+    reader = SegmentReader(dataset)
+    for _ in range(2):  # later reads do not compute the checksum again
+        found = reader.read(np.arange(len(segments)))
+        np.testing.assert_array_equal(found[0], segments)
+        np.testing.assert_array_equal(found[1], labels)
+    reader.close()
+    start, length = index_records(path)[2]
+    for place in (records[2].index(bytes(clips[1].labels)), 200, length - 1, length + 3):
+        damaged = bytearray(path.read_bytes())
+        damaged[start + place] ^= 1
+        other = tmp_path / f"damaged-{place}"
+        shutil.copytree(folder, other / "tfrecord")
+        (other / "tfrecord" / TRAIN_SHARD).write_bytes(damaged)
+        reader = SegmentReader(
+            dataset=replace(
+                dataset,
+                path=other,
+                splits={"train": Split([other / "tfrecord" / TRAIN_SHARD], None, len(segments))},
+            )
+        )
+        with pytest.raises(ShardError, match="record 2: its bytes do not match their checksum"):
+            reader.read(np.arange(len(segments)))
+        reader.close()
 
 
 @pytest.mark.parametrize("num_threads", [1, 8])

@@ -21,6 +21,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,7 +29,7 @@ from toolkit.data.example_pb2 import Example, Features, SequenceExample
 from toolkit.errors import ShardError
 from toolkit.files import written_whole
 
-import google_crc32c
+import crc32c
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
@@ -162,9 +163,12 @@ def append_records(file: BinaryIO, records: Iterable[bytes]) -> None:
         file.write(_FOOTER.pack(_masked_crc(record)))
 
 
-def _masked_crc(content: bytes | memoryview) -> int:
+def _masked_crc(*parts) -> int:
+    """Return the masked CRC-32C of consecutive buffers."""
+    crc = 0
+    for part in parts:
+        crc = crc32c.crc32c(part, crc)
     # TFRecord masks checksums because the CRC of data that contains its own CRC is a constant.
-    crc = google_crc32c.value(bytes(content) if isinstance(content, memoryview) else content)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -272,6 +276,86 @@ def decode_record(
     except _InvalidError as error:
         raise _damaged(path, number, str(error)) from None
     return clip
+
+
+def read_segment(
+    file: BinaryIO,
+    path: str | Path,
+    number: int,
+    start: int,
+    length: int,
+    samples: np.ndarray,
+    labels: np.ndarray,
+    verify: bool = True,
+) -> None:
+    """Read a training or validation record into rows of a batch.
+
+    In the records that `encode_clip` writes, the samples are the last bytes. They are read directly
+    into the batch, without a copy. Records of another layout are decoded by `decode_record`.
+
+    Parameters
+    ----------
+    file, path, number, start, length
+        As for `read_record`.
+    samples : np.ndarray [shape=(n_samples,), dtype=float32]
+        Array to fill with the samples.
+    labels : np.ndarray [shape=(n_tags,), dtype=float32]
+        Array to fill with the labels.
+    verify : bool
+        Verify the checksum.
+
+    Raises
+    ------
+    ShardError
+        The record is damaged or has another shape.
+    """
+    stored = samples if length > samples.nbytes else np.empty(len(samples), "<i2")
+    header = _segment_header(stored.nbytes)
+    prefix = bytearray(max(length - stored.nbytes, 0))
+    footer = bytearray(_FOOTER.size)
+    num_read = os.preadv(file.fileno(), [prefix, stored, footer], start)
+    outer = b"\x0a" + _varint(length - 1 - len(_varint(length)))
+    found = None
+    if num_read == length + len(footer) and prefix.startswith(outer) and prefix.endswith(header):
+        if verify and _masked_crc(prefix, stored) != _FOOTER.unpack(footer)[0]:
+            raise _damaged(path, number, "its bytes do not match their checksum")
+        found = _small_features(bytes(prefix[len(outer) : -len(header)]), stored, len(labels))
+    if found is None:
+        record = read_record(file, path, number, start, length)
+        clip = decode_record(record, path, number, len(samples), len(labels))
+        samples[:], labels[:] = clip.segments[0], clip.labels
+        return
+    labels[:] = found
+    if stored is not samples:
+        np.multiply(stored, np.float32(1 / INT16_SCALE), out=samples)
+
+
+@cache
+def _segment_header(num_bytes: int) -> bytes:
+    """Return the bytes between the other features of a record and its samples."""
+    features = Features()
+    _set_features(features, {SEGMENT_FEATURE: bytes(num_bytes)})
+    return features.SerializeToString()[:-num_bytes]
+
+
+def _varint(number: int) -> bytes:
+    """Encode a number as protobuf does: 7 bits per byte, the lowest first."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes(encoded) + bytes([number])
+
+
+def _small_features(content: bytes, stored: np.ndarray, num_tags: int) -> np.ndarray | None:
+    """Return the labels of a record, or None if its other features are not as expected."""
+    try:
+        features = Features.FromString(content)
+        labels = np.frombuffer(_value(features, LABELS_FEATURE), np.uint8)
+        is_expected = len(labels) == num_tags and _encoding(features) == stored.dtype.name
+    except (DecodeError, _InvalidError):
+        return None
+    return labels if is_expected else None
 
 
 def record_encoding(record: bytes | memoryview, path: str | Path, number: int) -> str:

@@ -167,15 +167,11 @@ class JaxTrainer:
             for start in range(0, len(rows), steps):
                 yield (rows[start : start + steps].astype(np.int32),)
             return
-        batches = self._segments.batches(rows.shape[1], rows.reshape(-1), prefetch=2 * steps + 2)
-        gathered = []
-        for batch in batches:
-            gathered.append(batch)
-            if len(gathered) == steps:
-                yield tuple(np.stack(part) for part in zip(*gathered, strict=True))
-                gathered = []
-        if gathered:
-            yield tuple(np.stack(part) for part in zip(*gathered, strict=True))
+        num_rows = rows.shape[1]
+        for batch in self._segments.batches(
+            steps * num_rows, rows.reshape(-1), prefetch=3, drop_remainder=False
+        ):
+            yield tuple(part.reshape(-1, num_rows, part.shape[-1]) for part in batch)
 
     def _scan_batches(self, state, segments, labels):
         return _scan(lambda s, xy: self._step(s, *xy), state, (segments, labels))
