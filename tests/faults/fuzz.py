@@ -1,11 +1,12 @@
-"""Read many damaged model files or shards, and count how each ends.
+"""Read many damaged model files or shards and count the outcomes.
 
-    python tests/fuzz.py checkpoints --count 2000
-    python tests/fuzz.py shards --count 500 --seed 1
+python tests/faults/fuzz.py checkpoints --count 2000
+python tests/faults/fuzz.py shards --count 500 --seed 1
 
-Each mutation, drawn by its number and the seed alone, must end in a result or in an error of ours,
-within the limits below. One that ends the reading process is named, and the count goes on with the
-next. The last line, on standard output, is the summary as JSON.
+A mutant is a damaged copy of a valid file; it depends only on its number and the seed. Reading a
+mutant must return a result or raise a `ToolkitError`, within the limits below. A mutant that kills
+the reading process is recorded, and a new process continues with the next one. A summary is
+printed as JSON.
 """
 
 import argparse
@@ -27,25 +28,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-MAX_SECONDS = 20  # a mutation, on a busy machine too
-MUTANTS_A_PROCESS = 250  # Keras keeps something of every network that was built
-MAX_BYTES = 1 << 30  # that reading may add to what the process holds once its libraries are loaded
+MAX_SECONDS = 20  # per mutant, also on a busy machine
+MUTANTS_PER_PROCESS = 250  # Keras never frees all memory of a network
+MAX_BYTES = 1 << 30  # memory that reading may add to that of the loaded libraries
 
 
 # --- Mutations -----------------------------------------------------------------------------------
 
 
-def mutate_bytes(content: bytes, draw: random.Random, hot_ends: bool = True) -> bytes:
-    """Change bytes, integers or ranges, or cut; half of it where files say what they hold."""
+def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
+    """Change, copy, insert or delete bytes; half of the changes are near the start or the end.
+
+    Files declare sizes and offsets in their headers and footers.
+    """
     changed = bytearray(content)
 
     def place() -> int:
         if not changed:
             return 0
         where = draw.random()
-        if hot_ends and where < 0.4:
+        if where < 0.4:
             return draw.randrange(min(4096, len(changed)))
-        if hot_ends and where < 0.5:
+        if where < 0.5:
             return len(changed) - 1 - draw.randrange(min(1024, len(changed)))
         return draw.randrange(len(changed))
 
@@ -101,7 +105,7 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_keras(content: bytes, draw: random.Random) -> bytes:
-    """Damage an archive, or what a sound archive holds."""
+    """Damage an archive, or a file in it."""
     if draw.random() < 0.3:
         return mutate_bytes(content, draw)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -111,18 +115,18 @@ def mutate_keras(content: bytes, draw: random.Random) -> bytes:
         members[name] = mutate_json(members[name], draw)
     else:
         members[name] = mutate_bytes(members[name], draw)
-    packed = io.BytesIO()
-    how = draw.choice((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,))
-    with zipfile.ZipFile(packed, "w", how) as archive:
+    mutant = io.BytesIO()
+    compression = draw.choice((zipfile.ZIP_STORED,) * 9 + (zipfile.ZIP_DEFLATED,))
+    with zipfile.ZipFile(mutant, "w", compression) as archive:
         for member, value in members.items():
             archive.writestr(
                 draw.choice(("../", "/")) + member if draw.random() < 0.02 else member, value
             )
-    return packed.getvalue()
+    return mutant.getvalue()
 
 
 def mutate_shard(content: bytes, draw: random.Random) -> bytes:
-    """Damage a shard, or the records under sound checksums."""
+    """Damage a shard, or records before their checksums are computed."""
     from toolkit.data.records import index_records, write_records
 
     if draw.random() < 0.4:
@@ -150,7 +154,7 @@ def mutate_shard(content: bytes, draw: random.Random) -> bytes:
 
 
 def checkpoint_cases(folder: Path):
-    """Give the originals, and how one is mutated and read."""
+    """Return the original model files, and a function that mutates and loads one."""
     from model import build_network
     from toolkit.data.annotations import MTT_TOP_TAGS
     from toolkit.models.checkpoints import Checkpoint, load, save
@@ -180,7 +184,7 @@ def checkpoint_cases(folder: Path):
 
 
 def shard_cases(folder: Path):
-    """Give the originals, and how one is mutated and read: alone, as a dataset, and at random."""
+    """Return the original shards and the manifest, and a function that mutates and reads one."""
     from input_data import SegmentReader, open_dataset, read_clips
     from toolkit.data.records import index_records
 
@@ -236,39 +240,40 @@ CASES = {"checkpoints": checkpoint_cases, "shards": shard_cases}
 
 
 def read_mutants(what: str, numbers: range, seed: int) -> None:
-    """Read mutants in turn, saying before each what it is and after it how it ended."""
+    """Read mutants; print a line of JSON before each (its number) and after it (the outcome)."""
     from toolkit.errors import ToolkitError
 
     with tempfile.TemporaryDirectory() as folder:
         originals, read = CASES[what](Path(folder))
-        held = _bytes_held("VmSize")
-        resource.setrlimit(resource.RLIMIT_AS, (held + 2 * MAX_BYTES,) * 2)
-        resident = _bytes_held("VmHWM")
-        # Where the library loops, no handler of Python's would be called: the process ends.
+        resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 2 * MAX_BYTES,) * 2)
+        resident = _memory("VmHWM")
+        # A Python handler would not run while a C library loops, so the timer kills the process.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number in numbers:
             original = originals[number % len(originals)]
             print(json.dumps({"number": number, "of": original.name}), flush=True)
             signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
             started = time.monotonic()
-            end = {"end": "result"}
+            outcome = {"outcome": "result"}
             try:
                 read(original, random.Random(f"{seed}/{number}"))
             except ToolkitError as error:
-                end = {"end": "refused", "message": str(error)[:300]}
+                outcome = {"outcome": "refused"}
                 if not str(error) or "\n" in str(error):
-                    end = {"end": "failed", "message": f"not one line: {error!r}"[:500]}
+                    outcome = {"outcome": "failed", "message": f"not one line: {error!r}"[:500]}
             except Exception as error:
-                end = {"end": "failed", "message": f"{type(error).__name__}: {error}"[:500]}
+                message = f"{type(error).__name__}: {error}"[:500]
+                outcome = {"outcome": "failed", "message": message}
             signal.setitimer(signal.ITIMER_REAL, 0)
-            end["seconds"] = time.monotonic() - started
-            end["bytes"] = max(0, _bytes_held("VmHWM") - resident)
-            if end["bytes"] > MAX_BYTES:
-                end |= {"end": "failed", "message": f"took {end['bytes']} bytes"}
-            print(json.dumps(end), flush=True)
+            outcome["seconds"] = time.monotonic() - started
+            outcome["bytes"] = max(0, _memory("VmHWM") - resident)
+            if outcome["bytes"] > MAX_BYTES:
+                outcome |= {"outcome": "failed", "message": f"needed {outcome['bytes']} bytes"}
+            print(json.dumps(outcome), flush=True)
 
 
-def _bytes_held(name: str) -> int:
+def _memory(name: str) -> int:
+    """Return an entry of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -276,24 +281,25 @@ def _bytes_held(name: str) -> int:
 
 
 def fuzz(what: str, count: int, seed: int) -> dict:
-    """Read mutants in processes of their own, and sum up how they ended.
+    """Read mutants in child processes and summarise the outcomes.
 
     Parameters
     ----------
     what : {'checkpoints', 'shards'}
-        What to mutate.
+        Files to mutate.
     count : int
-        How many mutants.
+        Number of mutants.
     seed : int
-        Of all of them.
+        Seed of all mutations.
 
     Returns
     -------
     dict
-        Mutants ``tried``, ``result``, ``refused``, ``failed``; the ``failures``, by number; the
-        most ``seconds`` and ``bytes`` that one took.
+        Numbers of mutants that were ``tried`` and ended in ``result``, ``refused`` or ``failed``;
+        the ``failures``, each with its number and message; the largest ``seconds`` and ``bytes``
+        of one mutant.
     """
-    ends = Counter()
+    outcomes = Counter()
     failures, seconds, num_bytes = [], 0.0, 0
     number = 0
     while number < count:
@@ -305,15 +311,15 @@ def fuzz(what: str, count: int, seed: int) -> dict:
         )
         begun = None
         for line in process.stdout:
-            said = json.loads(line)
-            if "number" in said:
-                begun = said
+            report = json.loads(line)
+            if "number" in report:
+                begun = report
                 continue
-            ends[said["end"]] += 1
+            outcomes[report["outcome"]] += 1
             number = begun["number"] + 1
-            seconds, num_bytes = max(seconds, said["seconds"]), max(num_bytes, said["bytes"])
-            if said["end"] == "failed":
-                failures.append(begun | {"message": said["message"]})
+            seconds, num_bytes = max(seconds, report["seconds"]), max(num_bytes, report["bytes"])
+            if report["outcome"] == "failed":
+                failures.append(begun | {"message": report["message"]})
             begun = None
         stderr = process.stderr.read()
         status = process.wait()
@@ -321,28 +327,28 @@ def fuzz(what: str, count: int, seed: int) -> dict:
             continue
         if begun is None:
             raise RuntimeError(f"the reading process ended with {status}: {stderr[-2000:]}")
-        how = signal.Signals(-status).name if status < 0 else f"status {status}"
-        failures.append(begun | {"message": f"ended the process: {how}"})
-        ends["failed"] += 1
+        cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+        failures.append(begun | {"message": f"killed the process: {cause}"})
+        outcomes["failed"] += 1
         number = begun["number"] + 1
     return {
-        "what": what, "seed": seed, "tried": sum(ends.values()), "result": ends["result"],
-        "refused": ends["refused"], "failed": ends["failed"], "failures": failures,
+        "what": what, "seed": seed, "tried": outcomes.total(), "result": outcomes["result"],
+        "refused": outcomes["refused"], "failed": outcomes["failed"], "failures": failures,
         "seconds": round(seconds, 2), "bytes": num_bytes,
     }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=CASES, help="what to damage")
+    parser.add_argument("what", choices=CASES, help="files to damage")
     parser.add_argument(
-        "--count", metavar="N", type=int, default=100, help="how many (default: 100)"
+        "--count", metavar="N", type=int, default=100, help="number of damaged files (default: 100)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed (default: 0)")
     parser.add_argument("--read-from", metavar="N", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read_from is not None:
-        end = min(arguments.read_from + MUTANTS_A_PROCESS, arguments.count)
+        end = min(arguments.read_from + MUTANTS_PER_PROCESS, arguments.count)
         read_mutants(arguments.what, range(arguments.read_from, end), arguments.seed)
         return 0
     summary = fuzz(arguments.what, arguments.count, arguments.seed)

@@ -1,7 +1,7 @@
-"""Files from strangers: every damaged model file and shard is read or refused, within limits.
+"""Files from untrusted sources: each damaged model file or shard is read or refused, within limits.
 
-The environment variable FUZZ_MUTATIONS says how many model files to damage, and a quarter as many
-shards: 2000 takes a quarter of an hour. FUZZ_SEED says which.
+The environment variable FUZZ_MUTATIONS sets the number of damaged model files of the slow test,
+which also reads a quarter as many shards (2000 take about 15 minutes). FUZZ_SEED selects them.
 """
 
 import os
@@ -12,23 +12,23 @@ import pytest
 SEED = int(os.environ.get("FUZZ_SEED", "20180415"))
 
 
-def assert_all_end_well(what, count):
+def assert_read_or_refused(what, count):
     summary = fuzz.fuzz(what, count, SEED)
     print(summary)  # shown by pytest -rP
     assert summary["failures"] == []
     assert summary["failed"] == 0
     assert summary["tried"] == count == summary["result"] + summary["refused"]
-    # Mutations that all were refused at the door, or all read, would try nothing.
+    # If all mutants were refused, or all were read, the mutations would test nothing.
     assert summary["refused"] > count // 10 and summary["result"] > count // 20
     assert summary["seconds"] < fuzz.MAX_SECONDS and summary["bytes"] < fuzz.MAX_BYTES
 
 
 @pytest.mark.parametrize(("what", "count"), [("checkpoints", 10), ("shards", 60)])
 def test_some_damaged_files_are_read_or_refused(what, count):
-    assert_all_end_well(what, count)
+    assert_read_or_refused(what, count)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "share"), [("checkpoints", 1), ("shards", 4)])
 def test_many_damaged_files_are_read_or_refused(what, share):
-    assert_all_end_well(what, int(os.environ.get("FUZZ_MUTATIONS", "200")) // share)
+    assert_read_or_refused(what, int(os.environ.get("FUZZ_MUTATIONS", "200")) // share)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import zipfile
+from functools import cache
 
 from model import build_network
 from toolkit.data.annotations import MTT_TOP_TAGS
@@ -80,13 +81,23 @@ def small_checkpoint(block="se", seed=0, **options):
     return Checkpoint(network, config, TAGS, 16000)
 
 
+# Not to be changed by a test.
+shared_checkpoint = cache(small_checkpoint)
+
+
 def noise(num_segments, num_samples, seed=1):
     random = np.random.default_rng(seed)
     levels = np.linspace(0.1, 0.6, num_segments)[:, np.newaxis]
     return random.normal(0, levels, (num_segments, num_samples)).astype("f")
 
 
-@pytest.mark.parametrize("name", GOLDEN_NAMES[:-1])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if "nomulti" not in name else pytest.param(name, marks=pytest.mark.slow)
+        for name in GOLDEN_NAMES[:-1]
+    ],
+)
 def test_onnxruntime_computes_the_published_outputs(golden, tmp_path, name):
     path = tmp_path / "model.onnx"
     checkpoint = dataclasses.replace(published_checkpoint(name), tags=MTT_TOP_TAGS)
@@ -125,7 +136,7 @@ def test_exports_equal_the_network_at_any_batch_size(tmp_path, block, suffix):
 
 
 def test_onnx_names_its_inputs_and_outputs(tmp_path):
-    checkpoint = small_checkpoint()
+    checkpoint = shared_checkpoint()
     exports.export(tmp_path / "model.onnx", checkpoint)
     session = onnxruntime.InferenceSession(
         str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
@@ -153,14 +164,15 @@ def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(exports, "build_onnx", spoilt)
     with pytest.raises(ExportError, match=r"not written: its outputs differ .* by \d"):
-        exports.export(path, small_checkpoint())
+        exports.export(path, shared_checkpoint())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_layer_without_onnx_operator_is_refused(tmp_path):
-    checkpoint = small_checkpoint()
-    output = keras.layers.Softmax(name="odd")(checkpoint.network.output)
-    checkpoint.network = keras.Model(checkpoint.network.input, output)
+    network = shared_checkpoint().network
+    output = keras.layers.Softmax(name="odd")(network.output)
+    network = keras.Model(network.input, output)
+    checkpoint = dataclasses.replace(shared_checkpoint(), network=network)
     with pytest.raises(ExportError, match="layer odd: no ONNX operator for Softmax"):
         exports.export(tmp_path / "model.onnx", checkpoint)
     assert not list(tmp_path.iterdir())
@@ -172,7 +184,7 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     path.mkdir()
     (path / "song.mp3").touch()
     with pytest.raises(ExportError, match="exists and is not a SavedModel"):
-        exports.export(path, small_checkpoint())
+        exports.export(path, shared_checkpoint())
     assert [found.name for found in tmp_path.rglob("*")] == ["music.savedmodel", "song.mp3"]
 
 
@@ -180,7 +192,7 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
 def test_savedmodel_and_litert_need_the_tensorflow_backend(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(UsageError, match="needs the TensorFlow backend, this is jax"):
-        exports.export(tmp_path / f"model{suffix}", small_checkpoint())
+        exports.export(tmp_path / f"model{suffix}", shared_checkpoint())
 
 
 @pytest.mark.parametrize(
@@ -189,4 +201,4 @@ def test_savedmodel_and_litert_need_the_tensorflow_backend(tmp_path, monkeypatch
 def test_a_missing_library_is_named(tmp_path, monkeypatch, suffix, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UsageError, match=rf"{library} is not installed.*requirements/export\.txt"):
-        exports.export(tmp_path / f"model{suffix}", small_checkpoint())
+        exports.export(tmp_path / f"model{suffix}", shared_checkpoint())

@@ -3,7 +3,7 @@
 import model
 from model import build_excitations, build_network, kernel_initializer
 from toolkit.errors import UsageError
-from toolkit.models.config import BLOCKS, NetworkConfig
+from toolkit.models.config import NetworkConfig
 
 import h5py
 import numpy as np
@@ -39,12 +39,12 @@ def layers_of(network, *kinds):
 
 
 def uniform_limit(shape, published):
-    """Limit of a kernel's uniform distribution, written out from the definitions."""
+    """Return the limit of a kernel's uniform distribution, computed from the definitions."""
     if len(shape) == 2:  # Dense: glorot_uniform
         return np.sqrt(6 / (shape[0] + shape[1]))
     width, channels_in, channels_out = shape
     if published:
-        # Fans over the first two axes, as Keras 2.0.5 took them: the third counts once more.
+        # Keras 2.0.5 computed fans over the first two axes.
         fan_in, fan_out = width * channels_in * channels_in, width * channels_in * channels_out
     else:
         fan_in, fan_out = width * channels_in, width * channels_out
@@ -52,7 +52,7 @@ def uniform_limit(shape, published):
 
 
 def assert_uniform(kernel, limit, name):
-    """Check bound and spread; each bound fails by chance less than once in a million kernels."""
+    """Check limit and spread; each check fails by chance for fewer than one kernel in a million."""
     n = kernel.size
     largest = np.abs(kernel).max() / limit
     assert largest <= 1 + 1e-6, name
@@ -61,7 +61,7 @@ def assert_uniform(kernel, limit, name):
     assert abs(kernel.mean()) / limit < 4 / n**0.5, name
 
 
-def test_parameters_are_the_published(full_size):
+def test_number_of_parameters_is_the_published(full_size):
     key, network = full_size
     assert network.count_params() == PUBLISHED_PARAMETERS[key]
 
@@ -77,7 +77,7 @@ def test_published_initial_weights(full_size):
         assert values == [[1.0], [0.0], [0.0], [1.0]], layer.name
 
 
-def test_layers_follow_the_paper(full_size):
+def test_layers_are_those_of_the_paper(full_size):
     (block, multi), network = full_size
     is_residual, has_se = block in ("res", "rese"), block in ("se", "rese")
     expected, channels_in = [("conv0", (3, 1, 128))], 128
@@ -107,7 +107,7 @@ def test_layers_follow_the_paper(full_size):
     assert network.get_layer("conv0").padding == "valid"
 
 
-def test_frames_fall_by_three(full_size):
+def test_each_block_divides_frames_by_three(full_size):
     (_, multi), network = full_size
     frames = [network.get_layer(f"block{number}_relu").output.shape[1] for number in range(9)]
     assert frames == [3**power for power in range(8, -1, -1)]
@@ -126,17 +126,17 @@ def test_normalization_and_dropout(full_size):
     assert rates == expected
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_he_initial_weights(block):
-    network = build_network(NetworkConfig(block=block, init_features=32, alpha=4, initializer="he"))
+def test_he_initial_weights():
+    config = NetworkConfig(block="rese", init_features=32, alpha=4, initializer="he")
+    network = build_network(config)
     for layer in layers_of(network, "Conv1D", "Dense"):
         kernel = np.asarray(layer.kernel)
         assert_uniform(kernel, uniform_limit(kernel.shape, published=False), layer.name)
 
 
 @pytest.mark.parametrize("block", ["se", "basic"])
-def test_published_limits_are_those_of_published_weights(golden, block):
-    """The initial kernels that the published program made fill the 'published' range, no more."""
+def test_published_initializer_has_the_limits_of_published_weights(golden, block):
+    """The published program's initial kernels fill the range of 'published', not more."""
     shares, first_convolutions = [], 0
     with h5py.File(golden / "training" / f"{block}-initial.hdf5") as file:
         kernels = []
@@ -196,7 +196,7 @@ def test_longer_segments(block, num_samples):
         {"num_samples": 59048},
         {"block": "dense"},
         {"initializer": "glorot"},
-        {"alpha": 0.1},  # 2 features x 0.1 leave no hidden unit
+        {"alpha": 0.1},  # 2 features x 0.1 give no hidden unit
     ],
 )
 def test_impossible_networks_are_refused(options):
@@ -204,8 +204,7 @@ def test_impossible_networks_are_refused(options):
         small(**options)
 
 
-def test_outputs_are_probabilities_of_each_segment_alone():
-    """At inference a segment's prediction does not depend on its batch."""
+def test_outputs_are_probabilities_independent_of_the_batch():
     network = build_network(small("rese"))
     x = np.random.default_rng(0).standard_normal((4, 59049)).astype(np.float32)
     together = np.asarray(network(x))
@@ -215,7 +214,7 @@ def test_outputs_are_probabilities_of_each_segment_alone():
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
-def test_weight_decay_is_on_convolutions_only():
+def test_weight_decay_applies_to_convolutions_only():
     network = build_network(small("rese", weight_decay=0.01))
     for layer in layers_of(network, "Conv1D"):
         assert layer.kernel_regularizer.l2 == pytest.approx(0.01)
@@ -228,7 +227,7 @@ def test_weight_decay_is_on_convolutions_only():
     assert not build_network(small("rese")).losses
 
 
-def test_excitations_are_first_block_to_last():
+def test_excitations_come_in_the_order_of_blocks():
     excitations = build_excitations(build_network(small("se")))
     outputs = [np.asarray(output) for output in excitations(np.zeros((3, 59049), np.float32))]
     assert [output.shape for output in outputs] == [(3, 2)] * 2 + [(3, 4)] * 6 + [(3, 8)]

@@ -122,7 +122,9 @@ def load(path: str | Path) -> Checkpoint:
     if path.is_dir():
         best = find_best(path)
         if best is None:
-            raise CheckpointError(f"{path}: no checkpoint in this folder")
+            raise CheckpointError(
+                f"{path}: no checkpoint in this folder: expected ckpt-*.keras or ckpt-*.hdf5"
+            )
         path = best
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")

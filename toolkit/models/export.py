@@ -117,6 +117,8 @@ def _export_onnx(path: Path, checkpoint: Checkpoint) -> float:
 
 def _export_savedmodel(path: Path, checkpoint: Checkpoint) -> float:
     _check_backend(path)
+    if (path.exists() or path.is_symlink()) and not (path / "saved_model.pb").is_file():
+        raise ExportError(f"{path}: exists and is not a SavedModel: choose another name")
     import tensorflow as tf
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -130,7 +132,9 @@ def _export_savedmodel(path: Path, checkpoint: Checkpoint) -> float:
         folder = temporary / DESCRIPTION_FOLDER
         folder.mkdir()
         (folder / DESCRIPTION_NAME).write_text(_description_text(checkpoint), encoding="utf-8")
-        _replace_folder(temporary, path)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return largest
@@ -141,9 +145,8 @@ def _save_signature(folder: Path, checkpoint: Checkpoint) -> None:
 
     network = checkpoint.network
     holder = tf.Module()
-    holder.weights = [
-        variable.value for variable in network.weights
-    ]  # otherwise they are not saved
+    # TensorFlow saves only variables that are attributes of the module.
+    holder.weights = [variable.value for variable in network.weights]
     holder.serve = tf.function(
         lambda segments: {"tags": network(segments, training=False)},
         input_signature=[
@@ -151,15 +154,6 @@ def _save_signature(folder: Path, checkpoint: Checkpoint) -> None:
         ],
     )
     tf.saved_model.save(holder, folder, signatures={"serving_default": holder.serve})
-
-
-def _replace_folder(temporary: Path, path: Path) -> None:
-    """Replace an earlier export by a folder, but nothing else."""
-    if path.exists() or path.is_symlink():
-        if not (path / "saved_model.pb").is_file():
-            raise ExportError(f"{path}: exists and is not a SavedModel: not replaced")
-        shutil.rmtree(path)
-    os.replace(temporary, path)
 
 
 def _export_litert(path: Path, checkpoint: Checkpoint) -> float:
