@@ -1,11 +1,11 @@
-"""Read many damaged model files or shards, and count how each ends.
+"""Read many damaged model files or shards, and count the outcomes.
 
-    python tests/fuzz.py checkpoints --count 2000
-    python tests/fuzz.py shards --count 500 --seed 1
+    python tests/faults/fuzz.py checkpoints --count 2000
+    python tests/faults/fuzz.py shards --count 500 --seed 1
 
-Each mutation, drawn by its number and the seed alone, must end in a result or in an error of ours,
-within the limits below. One that ends the reading process is named, and the count goes on with the
-next. The last line, on standard output, is the summary as JSON.
+Each mutation is determined by its number and the seed. Reading it must return a result or raise a
+ToolkitError within the limits below. A mutation that ends the reading process is reported as a
+failure, and the next one is read by a new process. The summary is printed to stdout as JSON.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-MAX_SECONDS = 20  # a mutation, on a busy machine too
-MUTANTS_A_PROCESS = 250  # Keras keeps something of every network that was built
-MAX_BYTES = 1 << 30  # that reading may add to what the process holds once its libraries are loaded
+MAX_SECONDS = 20  # per mutation, also on a busy machine
+MUTANTS_PER_PROCESS = 250  # Keras keeps some memory of every network
+MAX_BYTES = 1 << 30  # memory that reading may add after the libraries are loaded
 
 
 # --- Mutations -----------------------------------------------------------------------------------
 
 
 def mutate_bytes(content: bytes, draw: random.Random, hot_ends: bool = True) -> bytes:
-    """Change bytes, integers or ranges, or cut; half of it where files say what they hold."""
+    """Change bytes, integers or ranges, or truncate; half of the changes are at the ends."""
     changed = bytearray(content)
 
     def place() -> int:
@@ -101,7 +101,7 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_keras(content: bytes, draw: random.Random) -> bytes:
-    """Damage an archive, or what a sound archive holds."""
+    """Damage an archive, or a member of an intact archive."""
     if draw.random() < 0.3:
         return mutate_bytes(content, draw)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -122,7 +122,7 @@ def mutate_keras(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_shard(content: bytes, draw: random.Random) -> bytes:
-    """Damage a shard, or the records under sound checksums."""
+    """Damage a shard, or its records with valid checksums."""
     from toolkit.data.records import index_records, write_records
 
     if draw.random() < 0.4:
@@ -150,7 +150,7 @@ def mutate_shard(content: bytes, draw: random.Random) -> bytes:
 
 
 def checkpoint_cases(folder: Path):
-    """Give the originals, and how one is mutated and read."""
+    """Return the original model files, and a function that mutates and reads one."""
     from model import build_network
     from toolkit.data.annotations import MTT_TOP_TAGS
     from toolkit.models.checkpoints import Checkpoint, load, save
@@ -180,7 +180,7 @@ def checkpoint_cases(folder: Path):
 
 
 def shard_cases(folder: Path):
-    """Give the originals, and how one is mutated and read: alone, as a dataset, and at random."""
+    """Return the original shards, and a function that mutates and reads one in a dataset."""
     from input_data import SegmentReader, open_dataset, read_clips
     from toolkit.data.records import index_records
 
@@ -236,7 +236,7 @@ CASES = {"checkpoints": checkpoint_cases, "shards": shard_cases}
 
 
 def read_mutants(what: str, numbers: range, seed: int) -> None:
-    """Read mutants in turn, saying before each what it is and after it how it ended."""
+    """Read mutants; print one line of JSON before each and one with its outcome after it."""
     from toolkit.errors import ToolkitError
 
     with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +244,7 @@ def read_mutants(what: str, numbers: range, seed: int) -> None:
         held = _bytes_held("VmSize")
         resource.setrlimit(resource.RLIMIT_AS, (held + 2 * MAX_BYTES,) * 2)
         resident = _bytes_held("VmHWM")
-        # Where the library loops, no handler of Python's would be called: the process ends.
+        # Python handlers do not run while a library loops, so the default action ends the process.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number in numbers:
             original = originals[number % len(originals)]
@@ -276,22 +276,22 @@ def _bytes_held(name: str) -> int:
 
 
 def fuzz(what: str, count: int, seed: int) -> dict:
-    """Read mutants in processes of their own, and sum up how they ended.
+    """Read mutants in separate processes and count the outcomes.
 
     Parameters
     ----------
     what : {'checkpoints', 'shards'}
         What to mutate.
     count : int
-        How many mutants.
+        Number of mutants.
     seed : int
-        Of all of them.
+        Seed of the mutations.
 
     Returns
     -------
     dict
-        Mutants ``tried``, ``result``, ``refused``, ``failed``; the ``failures``, by number; the
-        most ``seconds`` and ``bytes`` that one took.
+        Numbers of mutants ``tried``, ``result``, ``refused`` and ``failed``; the ``failures`` by
+        number; the maximum ``seconds`` and ``bytes`` of a mutant.
     """
     ends = Counter()
     failures, seconds, num_bytes = [], 0.0, 0
@@ -336,13 +336,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=CASES, help="what to damage")
     parser.add_argument(
-        "--count", metavar="N", type=int, default=100, help="how many (default: 100)"
+        "--count", metavar="N", type=int, default=100, help="number of mutants (default: 100)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed (default: 0)")
     parser.add_argument("--read-from", metavar="N", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read_from is not None:
-        end = min(arguments.read_from + MUTANTS_A_PROCESS, arguments.count)
+        end = min(arguments.read_from + MUTANTS_PER_PROCESS, arguments.count)
         read_mutants(arguments.what, range(arguments.read_from, end), arguments.seed)
         return 0
     summary = fuzz(arguments.what, arguments.count, arguments.seed)

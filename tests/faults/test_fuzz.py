@@ -1,7 +1,7 @@
-"""Files from strangers: every damaged model file and shard is read or refused, within limits.
+"""Damaged model files and shards are read or refused, within limits of time and memory.
 
-The environment variable FUZZ_MUTATIONS says how many model files to damage, and a quarter as many
-shards: 2000 takes a quarter of an hour. FUZZ_SEED says which.
+The environment variable FUZZ_MUTATIONS sets the number of model files; a quarter as many shards are
+damaged. 2000 takes a quarter of an hour. FUZZ_SEED sets the seed.
 """
 
 import os
@@ -18,7 +18,7 @@ def assert_all_end_well(what, count):
     assert summary["failures"] == []
     assert summary["failed"] == 0
     assert summary["tried"] == count == summary["result"] + summary["refused"]
-    # Mutations that all were refused at the door, or all read, would try nothing.
+    # The mutations must be neither all refused nor all read.
     assert summary["refused"] > count // 10 and summary["result"] > count // 20
     assert summary["seconds"] < fuzz.MAX_SECONDS and summary["bytes"] < fuzz.MAX_BYTES
 
