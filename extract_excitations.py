@@ -3,10 +3,10 @@
     python extract_excitations.py log/4 --data-dir ./dataset
     python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5 --out ./excitations.parquet
 
-One row a clip and depth: ``ex``, the clip's mean excitation (float32, one value a channel);
-``depth``, 0 for the first block to 8 for the last; one 0/1 column a tag; ``clip_id``; ``mp3_path``.
-The name's ending says the form: ``.parquet`` for Parquet, which is data alone, any other for a
-pickle, which runs code that someone may have put in it when it is read.
+The table has one row per clip and depth, in the published form: ``ex``, the excitation of each
+channel, averaged over the clip's segments; ``depth``, 0 for the first block to 8 for the last; one
+column of 0 and 1 per tag. The index names the clip: ``clip_id`` and ``mp3_path``. A file name that
+ends in ``.parquet`` selects Parquet, any other a pickle.
 """
 
 import argparse
@@ -14,11 +14,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from input_data import open_dataset, read_clips
+from input_data import open_dataset
 from toolkit import backend, cli, messages
 from toolkit.errors import UsageError
-from toolkit.evaluation import DEFAULT_BATCH_SIZE, check_fits, clip_mean, predict_clips
 from toolkit.files import replaced_whole
+from toolkit.prediction import (
+    DEFAULT_BATCH_SIZE,
+    clip_mean,
+    compile_for_prediction,
+    load_for_dataset,
+    predict_split,
+)
 
 import numpy as np
 
@@ -26,96 +32,82 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PARQUET_SUFFIX = ".parquet"
+COLUMNS = ("ex", "depth")
+INDEX = ("clip_id", "mp3_path")
 
 
 def extract(
     model_path: str | Path, data_dir: str | Path, batch_size: int = DEFAULT_BATCH_SIZE
 ) -> "pd.DataFrame":
-    """Compute the mean excitation of every test clip at every depth.
+    """Compute the mean excitations of each test clip at each depth.
 
     Parameters
     ----------
     model_path : str or Path
-        A model of se or rese blocks (see `checkpoints.load`).
+        Model of se or rese blocks (see `toolkit.models.checkpoints.load`).
     data_dir : str or Path
-        The dataset's folder.
+        Folder of the dataset.
     batch_size : int
-        Segments a batch.
+        Segments per batch.
 
     Returns
     -------
     pd.DataFrame
-        One row a clip and depth, as the module's docstring says.
+        One row per clip and depth, with the columns and the index that the module describes.
+        ``ex`` contains float32 arrays [shape=(n_channels,)].
 
     Raises
     ------
-    UsageError
-        The model has no excitations, or is not for this dataset.
+    ShardError, UsageError, CheckpointError
+        The dataset has no test clips or a tag with the name of another column, the model has no
+        excitations or does not fit the dataset, or one of them is damaged.
     """
     from model import build_excitations
-    from toolkit.backend import choose_jit
-    from toolkit.models import checkpoints
 
     import pandas as pd
 
     dataset = open_dataset(data_dir)
-    test = dataset.splits["test"]
-    if not test.num_clips:
-        raise UsageError(f"{data_dir}: no test clips to take excitations of")
-    checkpoint = checkpoints.load(model_path)
+    if not dataset.splits["test"].num_clips:
+        raise UsageError(f"{data_dir}: no test clips to extract excitations from")
+    for tag in dataset.tags:
+        if tag in COLUMNS + INDEX:
+            raise UsageError(
+                f"{data_dir}: the tag {tag!r} has the name of a column of the table "
+                f"({', '.join(COLUMNS + INDEX)}): rename the tag and build the dataset again"
+            )
+    checkpoint = load_for_dataset(model_path, dataset)
     excitations = build_excitations(checkpoint.network)
-    check_fits(dataset, checkpoint)
-    excitations.compile(jit_compile=choose_jit("auto", checkpoint.config.block))
+    compile_for_prediction(excitations, checkpoint.config.block)
 
-    means, labels, identities = [], [], []
-    read = read_clips(test.shards, dataset.num_samples, len(dataset.tags))
-    shown = messages.progress(
-        predict_clips(excitations, read, batch_size),
-        total=test.num_clips, unit="clip", desc="extracting",
-    )  # fmt: skip
-    for clip, outputs in shown:
+    rows, labels, identities = [], [], []
+    for clip, outputs in predict_split(excitations, dataset, "test", batch_size, "extracting"):
         for depth, output in enumerate(outputs):
-            means.append((clip_mean(output).astype(np.float32), depth))
+            rows.append((clip_mean(output).astype(np.float32), depth))
             labels.append(clip.labels)
             identities.append((clip.clip_id, clip.mp3_path))
-    return pd.concat(
-        [
-            pd.DataFrame(means, columns=["ex", "depth"]),
-            pd.DataFrame(np.array(labels), columns=list(dataset.tags)),
-            pd.DataFrame(identities, columns=["clip_id", "mp3_path"]),
-        ],
-        axis=1,
-    )
+    # Strings of Python: pandas's own need pyarrow to read the pickle.
+    levels = [pd.Index(level, dtype=object) for level in zip(*identities, strict=True)]
+    index = pd.MultiIndex.from_arrays(levels, names=INDEX)
+    tags = pd.DataFrame(np.array(labels), columns=list(checkpoint.tags), index=index)
+    return pd.concat([pd.DataFrame(rows, columns=list(COLUMNS), index=index), tags], axis=1)
 
 
 def write(path: str | Path, table: "pd.DataFrame") -> None:
-    """Write a table of excitations, whole or not at all, as its name's ending says.
+    """Write a table of excitations, completely or not at all.
 
     Parameters
     ----------
     path : str or Path
-        A ``.parquet`` file, or any other for a pickle.
+        File to write; the suffix ``.parquet`` selects Parquet, any other a pickle.
     table : pd.DataFrame
-        What `extract` returns.
-
-    Raises
-    ------
-    UsageError
-        Two columns of the table have one name, which Parquet does not allow.
+        Result of `extract`.
     """
     path = Path(path)
     with replaced_whole(path, path.suffix) as temporary:
         if path.suffix == PARQUET_SUFFIX:
-            repeated = table.columns[table.columns.duplicated()]
-            if len(repeated):
-                raise UsageError(
-                    f"{path}: Parquet has one column a name, and {repeated[0]!r} is a tag too: "
-                    "write a .pkl, or rename the tag"
-                )
-            table.to_parquet(temporary, engine="pyarrow", index=False)
+            table.to_parquet(temporary, engine="pyarrow")
         else:
-            # Strings as Python's own: pandas would else pickle them as pyarrow's, for pyarrow only.
-            plain = table.astype({name: object for name in table.select_dtypes("str").columns})
+            plain = table.copy(deep=False)
             plain.columns = table.columns.astype(object)
             plain.to_pickle(temporary)
 
@@ -124,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
         "Extract the mean excitations of the test clips into a pandas DataFrame.",
         "  python extract_excitations.py se-multi-auc_0.9111-tfrmodel.hdf5\n"
-        "  python extract_excitations.py log/4 --out ./excitations.pkl",
+        "  python extract_excitations.py log/4 --out ./excitations.parquet",
     )
     data = parser.add_argument_group("model and data")
     cli.add_model(
@@ -140,8 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         metavar="PATH",
         default="./excitations.pkl",
-        help="file to write: .parquet for Parquet, which is safe to read from anyone, or a pickle "
-        "(default: ./excitations.pkl)",
+        help="file to write: Parquet if the name ends in .parquet, which cannot contain code, else "
+        "a pickle (default: ./excitations.pkl)",
     )
     return cli.add_general(parser)
 
@@ -154,12 +146,12 @@ def _extract(arguments: argparse.Namespace) -> None:
     cli.check_model(arguments.model_path)
     output = Path(arguments.out)
     if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: no folder {output.absolute().parent} to write it in")
-    open_dataset(arguments.data_dir)  # say what is wrong with it before the slow imports
+        raise UsageError(f"{output}: there is no folder {output.absolute().parent}")
+    open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
     backend.import_keras()
     table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
     write(output, table)
-    num_depths = table.iloc[:, 1].nunique()  # by place: a tag may be named depth
+    num_depths = table["depth"].nunique()
     messages.say(
         f"{output}: {messages.count(len(table), 'row')}, "
         f"{messages.count(len(table) // num_depths, 'clip')} at {num_depths} depths, "

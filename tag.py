@@ -1,11 +1,11 @@
-"""Tag any audio: probabilities of a model's tags, and how they change over time.
+"""Tag audio: the probability of each tag, for whole files and over time.
 
     python tag.py se-multi-auc_0.9111-tfrmodel.hdf5 song.mp3
     python tag.py log/4 ~/Music --json > tags.jsonl
     python tag.py log/4 song.flac --taggram song.png --hop 22050
 
-A file's probability of a tag is the mean of its segments', as in evaluation. Files are decoded in
-advance, in one thread, long ones part by part, while the network predicts; batches go across files.
+A file's probability of a tag is the mean over its segments, as in evaluation. One thread decodes
+the next files, long ones in parts, while the network predicts. Batches extend across files.
 """
 
 import argparse
@@ -19,26 +19,30 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from input_data import Clip
 from toolkit import backend, cli, figures, messages
 from toolkit.data.audio import cut_pieces, decode_pieces
 from toolkit.errors import AudioError, CheckpointError, UsageError
-from toolkit.evaluation import DEFAULT_BATCH_SIZE, clip_mean, predict_clips
 from toolkit.files import write_atomically
+from toolkit.models import checkpoints
+from toolkit.models.checkpoints import Checkpoint
+from toolkit.models.tags import choose_tags
+from toolkit.prediction import (
+    DEFAULT_BATCH_SIZE,
+    clip_mean,
+    compile_for_prediction,
+    predict_clips,
+)
 
 import numpy as np
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from toolkit.models.checkpoints import Checkpoint
 
 _FILES_AHEAD = 2
 
 
 def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
-    """List the files that paths stand for.
+    """List files, and all files in folders.
 
     Parameters
     ----------
@@ -48,8 +52,8 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
     Returns
     -------
     list of (Path, bool)
-        Files, in the order given; those in a folder sorted, subfolders included and links to
-        folders not followed. The second is whether the path itself was given.
+        Files in the given order; those of a folder and its subfolders are sorted, and links to
+        folders are not followed. The second value is True if the file itself was given.
     """
     files = []
     for path in map(Path, paths):
@@ -61,7 +65,7 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
 
 
 def tag_files(
-    checkpoint: "Checkpoint",
+    checkpoint: Checkpoint,
     paths: Iterable[str | Path],
     hop: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
@@ -72,38 +76,36 @@ def tag_files(
     Parameters
     ----------
     checkpoint : Checkpoint
-        The model (see `checkpoints.load`).
+        Model (see `toolkit.models.checkpoints.load`).
     paths : iterable of str or Path
         Audio files.
     hop : int or None
-        Samples from a segment's start to the next one's; None for a segment's length.
+        Samples between the starts of two segments; None for the length of a segment.
     batch_size : int
-        Segments a batch.
+        Segments per batch.
     refused : callable or None
-        Told of each file that cannot be decoded, and why; None to raise that instead.
+        Called with each file that cannot be decoded and its error; None to raise the error.
 
     Yields
     ------
     path : Path
-        In the order given.
+        In the given order.
     probabilities : np.ndarray [shape=(n_segments, n_tags), dtype=float32]
-        In the order of ``checkpoint.tags``.
+        Probabilities of the model's tags in each segment.
 
     Raises
     ------
     AudioError
-        A file cannot be decoded, and there is no `refused`.
+        A file cannot be decoded, and `refused` is None.
     CheckpointError
-        The model's outputs are no numbers.
+        The predictions contain NaN or infinity.
     """
-    from toolkit.backend import choose_jit
-
     network, config = checkpoint.network, checkpoint.config
-    network.compile(jit_compile=choose_jit("auto", config.block))
+    compile_for_prediction(network, config.block)
     paths = [Path(path) for path in paths]
-    broken = set()  # some of them after their first parts were predicted
+    broken = set()  # files can fail after their first parts were predicted
     found = predicted = 0
-    # Of any file's segments only a sum is known before all are decoded.
+    # The number of segments is not known before all files are decoded.
     shown = messages.progress(total=len(paths), unit="file", desc="tagging", miniters=0)
 
     def clips() -> Iterator[Clip]:
@@ -131,7 +133,7 @@ def tag_files(
             if clip.mp3_path in broken:
                 continue
             if not np.isfinite(probabilities).all():
-                raise CheckpointError(f"the model predicts no numbers for {clip.mp3_path}")
+                raise CheckpointError(f"{clip.mp3_path}: the predictions contain NaN or infinity")
             shown.update()
             yield Path(clip.mp3_path), probabilities
 
@@ -139,14 +141,14 @@ def tag_files(
 def _decode_ahead(
     paths: list[Path], sample_rate: int, num_samples: int, hop: int | None
 ) -> Iterator[tuple[Path, Iterator[np.ndarray]]]:
-    """Yield files and the parts of their segments, a part of the next ones decoded in advance."""
+    """Yield files and the parts of their segments; decode one part of the next files ahead."""
 
     def rest(parts: Iterator[np.ndarray], part: Future) -> Iterator[np.ndarray]:
         while (segments := part.result()) is not None:
             part = threads.submit(next, parts, None)
             yield segments
 
-    # One: PyAV takes Python's lock for each frame, and two threads decode less than one.
+    # One thread: PyAV holds the interpreter lock for each frame, so two threads are slower.
     threads = ThreadPoolExecutor(1, thread_name_prefix="decode")
     waiting = deque()
     coming = iter(paths)
@@ -164,7 +166,7 @@ def _decode_ahead(
 
 
 def _fill_up(pieces: Iterable[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
-    """Pass samples on, and silence after those that are fewer than a segment's."""
+    """Pad audio that is shorter than a segment with silence."""
     num_missing = num_samples
     for piece in pieces:
         num_missing -= len(piece)
@@ -179,18 +181,18 @@ def _fill_up(pieces: Iterable[np.ndarray], num_samples: int) -> Iterator[np.ndar
 def write_taggram(
     path: str | Path, tags: tuple[str, ...], probabilities: np.ndarray, starts: np.ndarray
 ) -> None:
-    """Write tags over time as CSV: a row a segment, its start in seconds and one column a tag.
+    """Write tags over time as CSV: one row per segment, with its start and one column per tag.
 
     Parameters
     ----------
     path : str or Path
-        The file to write.
+        File to write.
     tags : tuple of str
-        Names of the columns.
+        Names of the tags.
     probabilities : np.ndarray [shape=(n_segments, n_tags)]
-        Of each segment.
+        Probabilities of the tags in each segment.
     starts : np.ndarray [shape=(n_segments,)]
-        Where each segment starts, in seconds.
+        Start of each segment, in seconds.
     """
     content = io.StringIO()
     rows = csv.writer(content, lineterminator="\n")
@@ -201,7 +203,7 @@ def write_taggram(
 
 
 def _name(path: Path) -> str:
-    """A path as text that any terminal, CSV or JSON takes, were its bytes not UTF-8."""
+    """Return a path as valid text, even if its bytes are not UTF-8."""
     return os.fsencode(path).decode(errors="replace")
 
 
@@ -238,20 +240,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     read = parser.add_argument_group("model and audio")
     cli.add_model(read)
+    cli.add_tags(read)
     read.add_argument(
         "audio",
         metavar="AUDIO",
         nargs="+",
-        help="an audio file, or a folder for all audio in it and its subfolders; one shorter than "
-        "a segment is filled up with silence, and of others the rest after the last whole "
-        "segment is left out",
+        help="an audio file, or a folder for all audio in it and its subfolders; audio shorter "
+        "than a segment is padded with silence, and samples after the last whole segment are "
+        "left out",
     )
     read.add_argument(
         "--hop",
         metavar="SAMPLES",
         type=cli.positive_int,
         default=None,
-        help="from the start of a segment to the next (default: a segment's length, no overlap)",
+        help="samples between the starts of two segments (default: the length of a segment, so "
+        "that they do not overlap)",
     )
     machine = parser.add_argument_group("machine")
     cli.add_batch_size(machine, DEFAULT_BATCH_SIZE)
@@ -261,31 +265,31 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=cli.positive_int,
         default=10,
-        help="tags to print and draw, those of largest probability (default: 10)",
+        help="number of most probable tags to print and draw (default: 10)",
     )
     form = output.add_mutually_exclusive_group()
     form.add_argument(
         "--csv",
         action="store_true",
-        help="print all tags as CSV, a row a file (default: a table of the top tags)",
+        help="print all tags as CSV, one row per file (default: off)",
     )
     form.add_argument(
         "--json",
         action="store_true",
-        help="print all tags as JSON, an object a line and file (default: a table)",
+        help="print all tags as JSON, one line per file (default: off)",
     )
     output.add_argument(
         "--taggram",
         metavar="FILE.png",
         default=None,
-        help="draw one file's top tags over time; or FILE.svg, FILE.pdf (default: no)",
+        help="draw the top tags of one file over time as .png, .svg or .pdf (default: none)",
     )
     output.add_argument(
         "--save-taggram",
         metavar="FILE.csv",
         default=None,
-        help="write one file's tags over time: a row a segment, where it starts in seconds and "
-        "all tags (default: no)",
+        help="write all tags of one file over time: one row per segment, with its start in "
+        "seconds (default: none)",
     )
     return cli.add_general(parser)
 
@@ -298,14 +302,13 @@ def _tag(arguments: argparse.Namespace) -> None:
     cli.check_model(arguments.model_path)
     files = find_files(arguments.audio)
     if not files:
-        raise UsageError(f"{', '.join(arguments.audio)}: no files in it")
+        raise UsageError(f"{', '.join(arguments.audio)}: there are no files")
     _check_taggrams(arguments, len(files))
 
     backend.import_keras()
-    from toolkit.models import checkpoints
-
     checkpoint = checkpoints.load(arguments.model_path)
-    tags, segment = checkpoint.tags, checkpoint.config.num_samples
+    tags = choose_tags(arguments.model_path, checkpoint, arguments.tags)
+    segment = checkpoint.config.num_samples
     hop = arguments.hop or segment
     was_named = dict(files)
     failed, num_skipped, num_tagged = [], 0, 0
@@ -347,13 +350,13 @@ def _tag(arguments: argparse.Namespace) -> None:
     if failed:
         for error in failed:
             messages.say(str(error))
-        raise AudioError(f"{len(failed):,} of the files named cannot be decoded")
+        raise AudioError(f"{len(failed):,} of the given files cannot be decoded")
     if not num_tagged:
-        raise AudioError(f"{', '.join(arguments.audio)}: no audio in it")
+        raise AudioError(f"{', '.join(arguments.audio)}: there is no audio")
 
 
 def _check_taggrams(arguments: argparse.Namespace, num_files: int) -> None:
-    """Refuse before the work what would fail after it."""
+    """Check the options of the taggram before the files are tagged."""
     for option, path, suffixes in (
         ("--taggram", arguments.taggram, figures.PICTURE_FORMATS),
         ("--save-taggram", arguments.save_taggram, (".csv",)),
@@ -361,15 +364,15 @@ def _check_taggrams(arguments: argparse.Namespace, num_files: int) -> None:
         if path is None:
             continue
         if num_files != 1:
-            raise UsageError(f"{option} is of one file, {num_files:,} are given")
+            raise UsageError(f"{option} needs exactly one audio file, but there are {num_files:,}")
         if Path(path).suffix.lower() not in suffixes:
             raise UsageError(f"{option} {path}: expected a name that ends in {', '.join(suffixes)}")
         if not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"{option} {path}: no folder {Path(path).absolute().parent}")
+            raise UsageError(f"{option} {path}: there is no folder {Path(path).absolute().parent}")
 
 
 def _print(text: str) -> None:
-    # Around the progress bar, where both are on one terminal.
+    # Without breaking the progress bar if both are on one terminal.
     tqdm.write(text)
 
 

@@ -202,6 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    # argparse keeps attributes that exist: an ignored option that is not given stays None.
     not_given = dict.fromkeys(field.name for field in dataclasses.fields(IgnoredOptions))
     arguments = build_parser().parse_args(argv, argparse.Namespace(**not_given))
     if arguments.distribute:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from toolkit import backend
 from toolkit.errors import UsageError
@@ -65,3 +66,39 @@ def test_a_missing_backend_is_named_with_its_requirements(
     assert str(caught.value).startswith(f"{missing}, the selected Keras backend, is not installed")
     assert f"pip install -r {requirements}, " in str(caught.value)
     assert (ROOT / requirements).is_file()
+
+
+@pytest.mark.parametrize(
+    ("installed", "configured", "selected"),
+    [
+        (("tensorflow", "jax", "torch"), None, "tensorflow"),
+        (("jax", "torch"), None, "jax"),
+        (("torch",), None, "torch"),
+        # Keras writes "tensorflow" to its configuration file when it is first imported.
+        (("torch",), "tensorflow", "torch"),
+        (("tensorflow", "jax", "torch"), "torch", "torch"),
+    ],
+)
+def test_without_a_selection_the_first_installed_backend_is_used(
+    tmp_path, monkeypatch, installed, configured, selected
+):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    if configured:
+        (tmp_path / "keras.json").write_text(f'{{"backend": "{configured}"}}')
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    imported = []
+    monkeypatch.setattr(
+        backend, "import_quietly", lambda name: imported.append((name, os.environ["KERAS_BACKEND"]))
+    )
+    backend.import_keras()
+    assert imported == [("keras", selected)]
+
+
+def test_the_gpu_of_a_mac_is_named_with_pytorch(monkeypatch):
+    keras = SimpleNamespace(backend=SimpleNamespace(backend=lambda: "torch"))
+    mps = SimpleNamespace(is_available=lambda: True)
+    torch = SimpleNamespace(backends=SimpleNamespace(mps=mps))
+    monkeypatch.setitem(sys.modules, "keras", keras)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert backend.device_names() == ["Apple GPU (MPS)"]

@@ -11,12 +11,11 @@ from pathlib import Path
 import extract_excitations
 from input_data import open_dataset, read_clips
 from toolkit.data.annotations import MTT_TOP_TAGS
-from toolkit.errors import UsageError
 
 import numpy as np
 import pandas as pd
 import pytest
-from test_eval import make_model, published_shards
+from test_eval import make_model, published_shards, published_stage
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,21 +23,22 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("name", ["se-multi", "rese-nomulti"])
 def test_excitations_are_the_published(golden, tmp_path, name):
     data_dir = published_shards(golden, tmp_path / "data")
-    table = extract_excitations.extract(golden / "checkpoints" / f"{name}.hdf5", data_dir)
-    assert list(table.columns) == ["ex", "depth", *MTT_TOP_TAGS, "clip_id", "mp3_path"]
+    stage_dir = published_stage(golden, tmp_path / "log" / "0", name)
+    table = extract_excitations.extract(stage_dir, data_dir)
+    assert list(table.columns) == ["ex", "depth", *MTT_TOP_TAGS]
     assert table["depth"].tolist() == list(range(9))
     expected = np.load(golden / "expected.npz")
     worst = 0
     for depth in range(9):
         mean = expected[f"{name}/excitations_{depth}"][10:].mean(axis=0)
-        found = table["ex"][depth]
+        found = table["ex"].iloc[depth]
         assert found.dtype == np.float32 and found.shape == mean.shape
         np.testing.assert_allclose(found, mean, atol=1e-5)
         worst = max(worst, np.abs(found - mean).max())
     print(f"{name}: largest difference of mean excitations {worst:.1e}")
     (clip,) = read_clips([data_dir / "tfrecord" / "test-0000-of-0001.seq.tfrecord"])
     for row in range(9):
-        assert table.loc[row, list(MTT_TOP_TAGS)].tolist() == clip.labels.tolist()
+        assert table.iloc[row, 2:].tolist() == clip.labels.tolist()
 
 
 def test_as_a_subprocess(tiny_dataset, tmp_path):
@@ -57,15 +57,18 @@ def test_as_a_subprocess(tiny_dataset, tmp_path):
     clips = list(read_clips(dataset.splits["test"].shards))
     assert len(table) == 9 * len(clips)
     assert "54 rows, 6 clips at 9 depths" in done.stderr
-    assert list(table.columns) == ["ex", "depth", *dataset.tags, "clip_id", "mp3_path"]
-    for clip, (clip_id, rows) in zip(clips, table.groupby("clip_id", sort=False), strict=True):
-        assert clip_id == clip.clip_id
-        assert rows["mp3_path"].unique().tolist() == [clip.mp3_path]
+    assert list(table.columns) == ["ex", "depth", *dataset.tags]
+    assert table.index.names == ["clip_id", "mp3_path"]
+    by_clip = table.groupby(level=[0, 1], sort=False)
+    for clip, (identity, rows) in zip(clips, by_clip, strict=True):
+        assert identity == (clip.clip_id, clip.mp3_path)
         assert rows["depth"].tolist() == list(range(9))
         assert [len(ex) for ex in rows["ex"]] == [2, 2, 4, 4, 4, 4, 4, 4, 8]
         assert (rows[list(dataset.tags)].to_numpy() == clip.labels).all()
     with open(tmp_path / "excitations.pkl", "rb") as file:
         assert pickle.load(file).equals(table)
+    # Readable without pyarrow, as by the published notebook's pandas.
+    assert b"arrow" not in (tmp_path / "excitations.pkl").read_bytes().lower()
 
 
 def test_parquet_by_its_ending_holds_the_same(tiny_dataset, tmp_path, capsys):
@@ -79,6 +82,8 @@ def test_parquet_by_its_ending_holds_the_same(tiny_dataset, tmp_path, capsys):
     extract_excitations.write(tmp_path / "excitations.pkl", expected)
     for table in (pd.read_parquet(path), pd.read_pickle(tmp_path / "excitations.pkl")):
         assert list(table.columns) == list(expected.columns)
+        assert table.index.names == ["clip_id", "mp3_path"]
+        assert table.index.tolist() == expected.index.tolist()
         for one, other in zip(table["ex"], expected["ex"], strict=True):
             assert one.dtype == np.float32
             np.testing.assert_array_equal(one, other)
@@ -89,40 +94,26 @@ def test_parquet_by_its_ending_holds_the_same(tiny_dataset, tmp_path, capsys):
     ]  # fmt: skip
 
 
-def test_a_tag_may_be_named_depth(tiny_dataset, tmp_path, capsys):
+@pytest.mark.parametrize("tag", ["ex", "depth", "clip_id"])
+def test_a_tag_with_the_name_of_a_column_is_refused(tiny_dataset, tmp_path, capsys, tag):
     data_dir = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
     path = data_dir / "tfrecord" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["tags"][3] = "depth"
+    manifest["tags"][3] = tag
     path.write_text(json.dumps(manifest))
     dataset = open_dataset(data_dir)
     model, output = make_model(tmp_path / "se.keras", dataset), tmp_path / "x.pkl"
     arguments = [str(model), "--data-dir", str(data_dir), "--out", str(output)]
-    assert extract_excitations.main(arguments) == 0
-    assert f"{output}: 54 rows, 6 clips at 9 depths" in capsys.readouterr().err
-    table = pd.read_pickle(output)
-    assert list(table.columns) == ["ex", "depth", *dataset.tags, "clip_id", "mp3_path"]
-    assert table.iloc[:, 1].tolist() == [*range(9)] * 6
-
-
-def test_pickle_needs_no_pyarrow(tmp_path):
-    table = pd.DataFrame({"ex": [np.ones(2, "f4")], "depth": [0], "rock": np.uint8([1]),
-                          "clip_id": ["2"], "mp3_path": ["d/ü.mp3"]})  # fmt: skip
-    extract_excitations.write(tmp_path / "excitations.pkl", table)
-    assert b"arrow" not in (tmp_path / "excitations.pkl").read_bytes().lower()
-
-
-def test_two_columns_of_one_name_are_no_parquet(tmp_path):
-    table = pd.DataFrame([[0, 1, 1]], columns=["depth", "ex", "ex"])
-    with pytest.raises(UsageError, match=r"x\.parquet: Parquet has one column a name, and 'ex'"):
-        extract_excitations.write(tmp_path / "x.parquet", table)
-    assert not list(tmp_path.iterdir())
+    assert f"the tag {tag!r} has the name of a column" in refused(capsys, 2, *arguments)
+    assert not output.exists()
 
 
 def test_same_through_any_batch_size(tiny_dataset, tmp_path):
     model = make_model(tmp_path / "rese.keras", open_dataset(tiny_dataset), block="rese")
     one, many = (extract_excitations.extract(model, tiny_dataset, size) for size in (1, 32))
-    np.testing.assert_allclose(np.concatenate(one["ex"]), np.concatenate(many["ex"]), atol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([*one["ex"]]), np.concatenate([*many["ex"]]), atol=1e-6
+    )
     assert one.drop(columns="ex").equals(many.drop(columns="ex"))
 
 

@@ -1,4 +1,4 @@
-"""files.py: files that are whole or not there, and folders that one run at a time writes to."""
+"""Files that appear complete or not at all, and folders that one program at a time writes to."""
 
 import errno
 import fcntl
@@ -23,7 +23,7 @@ with only_run(Path(sys.argv[1]), "training", TrainingError):
 """
 
 
-def test_an_earlier_file_stays_until_the_next_is_whole(tmp_path):
+def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
     path = tmp_path / "a.bin"
     files.write_atomically(path, b"earlier")
     with pytest.raises(RuntimeError), files.written_whole(path) as file:
@@ -35,7 +35,7 @@ def test_an_earlier_file_stays_until_the_next_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_writings_of_one_file_do_not_meet(tmp_path):
+def test_two_writers_of_one_file_use_different_temporary_files(tmp_path):
     path = tmp_path / "a.keras"
     with files.replaced_whole(path, ".keras") as one:
         one.write_bytes(b"one")
@@ -48,7 +48,7 @@ def test_two_writings_of_one_file_do_not_meet(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
+def test_an_error_names_the_file_instead_of_the_temporary_file(tmp_path):
     folder = tmp_path / "folder.csv"
     folder.mkdir()
     for path in (folder, tmp_path / "nowhere" / "a.csv"):
@@ -58,17 +58,34 @@ def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_on_macos_files_are_flushed_to_the_disk_itself(tmp_path, monkeypatch, supported):
+    calls = []
+
+    def full_sync(file, command):
+        calls.append(command)
+        if not supported:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full_sync)
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync"))
+    files.write_atomically(tmp_path / "a.csv", b"content")
+    assert calls == ([51] if supported else [51, "fsync"])
+    assert (tmp_path / "a.csv").read_bytes() == b"content"
+
+
 def test_an_error_of_another_file_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, files.written_whole(tmp_path / "a.csv"):
         (tmp_path / "b.csv").read_bytes()
     assert caught.value.filename == str(tmp_path / "b.csv")
     with pytest.raises(OSError) as caught, files.written_whole(tmp_path / "a.csv"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write says it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a failed write names no file
     assert caught.value.filename == str(tmp_path / "a.csv")
     assert not list(tmp_path.iterdir())
 
 
-def test_leftovers_are_removed_and_nothing_else(tmp_path):
+def test_only_temporary_files_are_removed(tmp_path):
     left = [".a.csv.node1.12.0badcafe.tmp", ".a.keras.node1.12.0badcafe.tmp.keras"]
     kept = [".lock", "a.csv", "a.tmp"]
     for name in left + kept:
@@ -77,10 +94,12 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
-def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
+def test_a_folder_is_locked_until_the_first_run_has_ended(tmp_path):
     with (
         files.only_run(tmp_path, "training", TrainingError),
-        pytest.raises(TrainingError, match=f"{tmp_path}: another training is at work here"),
+        pytest.raises(
+            TrainingError, match=f"{tmp_path}: another training is already running in this folder"
+        ),
         files.only_run(tmp_path, "training", TrainingError),
     ):
         pass
@@ -88,7 +107,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
         pass
 
 
-def test_another_process_holds_a_folder_until_it_is_killed(tmp_path):
+def test_a_killed_process_releases_its_lock(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", _HOLDER, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
@@ -97,7 +116,9 @@ def test_another_process_holds_a_folder_until_it_is_killed(tmp_path):
         try:
             assert holder.stdout.readline() == b"held\n"
             with (
-                pytest.raises(TrainingError, match="another training is at work here"),
+                pytest.raises(
+                    TrainingError, match="another training is already running in this folder"
+                ),
                 files.only_run(tmp_path, "training", TrainingError),
             ):
                 pass
@@ -107,7 +128,7 @@ def test_another_process_holds_a_folder_until_it_is_killed(tmp_path):
         pass
 
 
-def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -115,4 +136,4 @@ def test_where_there_are_no_locks_it_is_said(tmp_path, monkeypatch, capsys):
     with files.only_run(tmp_path, "training", TrainingError):
         said = capsys.readouterr().err
     assert said.startswith(f"{tmp_path}: cannot be locked (")
-    assert said.endswith("start no second training in it\n")
+    assert said.endswith("do not start another training in this folder\n")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_terminal(command, variables):
-    """Run a Python command with a terminal for all it writes; give the bytes."""
+    """Run a Python command on a terminal and return the bytes that it writes."""
     environment = {name: os.environ[name] for name in os.environ if "COLOR" not in name}
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
@@ -31,7 +31,7 @@ def on_terminal(command, variables):
     while True:
         try:
             read = os.read(controller, 65536)
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # on Linux, the other end is closed
             read = b""
         if not read:
             break
@@ -79,7 +79,7 @@ def test_a_script_on_a_terminal_shows_a_bar_without_colours(tmp_path, variables)
 
 
 @pytest.mark.slow
-def test_progress_in_a_notebook_is_one_line_that_is_drawn_again():
+def test_progress_in_a_notebook_redraws_one_line():
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -90,45 +90,45 @@ def test_progress_in_a_notebook_is_one_line_that_is_drawn_again():
     assert {output.name for output in outputs} == {"stderr"}
     text = "".join(output.text for output in outputs)
     assert "\rtrying: 100%|██████████| 3/3" in text
-    assert "at 1\n" in text and text.count("\n") == 4  # three that were said, and the bar's end
+    assert "at 1\n" in text and text.count("\n") == 4  # three messages, and the bar's end
     assert "\x1b" not in text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "expected"),
     [
         (0, "under 1 s"), (0.99, "under 1 s"), (1, "1 s"), (8.4, "8 s"), (59.4, "59 s"),
         (59.6, "1 min"), (185, "3 min 5 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h"),
         (7423, "2 h 4 min"), (7199.9, "2 h"), (4_000_000, "1,111 h 7 min"),
     ],
 )  # fmt: skip
-def test_durations(seconds, said):
-    assert messages.duration(seconds) == said
+def test_durations(seconds, expected):
+    assert messages.duration(seconds) == expected
 
 
 @given(st.floats(1, 1e9))
-def test_a_duration_says_about_as_long_as_it_is(seconds):
-    said = messages.duration(seconds)
-    parts = re.fullmatch(r"(?:([\d,]+) h)? ?(?:(\d+) min)? ?(?:(\d+) s)?", said)
+def test_a_duration_is_rounded_to_half_a_unit(seconds):
+    text = messages.duration(seconds)
+    parts = re.fullmatch(r"(?:([\d,]+) h)? ?(?:(\d+) min)? ?(?:(\d+) s)?", text)
     hours, minutes, rest = (int((part or "0").replace(",", "")) for part in parts.groups())
     assert minutes < 60 and rest < 60 and not (hours and rest)
     assert abs(3600 * hours + 60 * minutes + rest - seconds) <= (30 if hours else 0.5)
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "said"),
+    ("num_bytes", "expected"),
     [
         (0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (9_949, "9.9 kB"),
         (9_951, "10 kB"), (999_499, "999 kB"), (999_501, "1.0 MB"), (49_863_329_844, "50 GB"),
         (999_600_000_000, "1.0 TB"), (12_345 * 10**12, "12,345.0 TB"),
     ],
 )  # fmt: skip
-def test_sizes(num_bytes, said):
-    assert messages.size(num_bytes) == said
+def test_sizes(num_bytes, expected):
+    assert messages.size(num_bytes) == expected
 
 
 @given(st.integers(0, 10**18))
-def test_a_size_says_two_digits_or_more_of_what_it_is(num_bytes):
+def test_a_size_is_exact_to_two_digits_or_more(num_bytes):
     number, unit = messages.size(num_bytes).split()
     factor = {"byte": 1, "bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
     value = float(number.replace(",", ""))
@@ -148,14 +148,14 @@ def test_the_size_of_files_and_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "expected"),
     [(0, "0 clips"), (1, "1 clip"), (2, "2 clips"), (152_500, "152,500 clips")],
 )
-def test_counts(number, said):
-    assert messages.count(number, "clip") == said
+def test_counts(number, expected):
+    assert messages.count(number, "clip") == expected
 
 
-def test_progress_in_a_log_is_a_line_now_and_then(capsys):
+def test_progress_in_a_log_is_printed_as_whole_lines(capsys):
     with messages.progress(total=10, initial=4, mininterval=0, unit="clip") as bar:
         assert capsys.readouterr() == ("", "")
         bar.update(3)

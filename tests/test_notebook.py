@@ -1,101 +1,280 @@
-"""The analysis notebook: it runs on any set of tags, and is committed executed and clean."""
+"""The analysis notebook: it reads every form of the table and draws the published views."""
 
 import base64
-import pickle
 import re
-import struct
 from pathlib import Path
 
+from input_data import open_dataset, read_clips
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipywidgets")
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "excitation_analysis.ipynb"
-TAGS = ["$loss in $profit", "ex", "loud", "quiet", "bells & whistles", "très doux", "never"]
-WIDTHS = [4, 4, 8, 8, 8, 8, 8, 8, 16]
+TAGS = ["$loss in $profit", "loud", "quiet", "bells & whistles", "très doux", "never"]
+CHANNELS = [4, 4, 8, 8, 8, 8, 8, 8, 16]
 NUM_CLIPS = 24
-# Three curves, the first block, the spread, three heat maps, loud and quiet, every depth.
-NUM_FIGURES = 8
+# Each depth, the chosen tags, standard deviation, chance, two heat maps, loud and quiet.
+NUM_FIGURES = len(CHANNELS) + 6
 
 
-def make_labels(tags, rng):
-    labels = (rng.random((NUM_CLIPS, len(tags))) < 0.4).astype(np.uint8)
-    labels[: len(tags), :] |= np.eye(len(tags), dtype=np.uint8)  # every tag has a clip
-    if "never" in tags:
-        labels[:, tags.index("never")] = 0
-    return labels
-
-
-def write_excitations(path, tags=TAGS, labels=None):
+def make_table(form="current", tags=TAGS):
+    """Return a table of random excitations; no clip carries the tag "never"."""
     rng = np.random.default_rng(7)
-    labels = make_labels(tags, rng) if labels is None else labels
+    labels = (rng.random((NUM_CLIPS, len(tags))) < 0.4).astype(np.uint8)
+    labels[: len(tags)] |= np.eye(len(tags), dtype=np.uint8)  # every tag has a clip
+    labels[:, [tag == "never" for tag in tags]] = 0
     rows = [
-        (rng.uniform(0.2, 0.8, width).astype(np.float32), depth)
+        (rng.uniform(0.2, 0.8, channels).astype(np.float32), depth)
         for _ in range(NUM_CLIPS)
-        for depth, width in enumerate(WIDTHS)
+        for depth, channels in enumerate(CHANNELS)
     ]
-    per_row = np.repeat(np.arange(NUM_CLIPS), len(WIDTHS))
-    pd.concat(
-        [
-            pd.DataFrame(rows, columns=["ex", "depth"]),
-            pd.DataFrame(labels[per_row], columns=tags),
-            pd.DataFrame({"clip_id": [str(clip) for clip in per_row], "mp3_path": "0/a.mp3"}),
-        ],
-        axis=1,
-    ).to_pickle(path)
-
-
-def write_test_shard(data_dir, tags, labels):
-    """Write the clips as noise whose level rises from clip to clip."""
-    import input_data
-
-    rng = np.random.default_rng(3)
-    name = input_data.shard_name("test", 0, 1)
-    clips = [
-        input_data.Clip(
-            (rng.choice([-1, 1], (2, 90)) * 10 ** (clip / 20 - 2)).astype(np.float32),
-            labels[clip],
-            str(clip),
-            "0/a.mp3",
-        )
-        for clip in range(NUM_CLIPS)
+    clip_of_row = np.repeat(np.arange(NUM_CLIPS), len(CHANNELS))
+    columns = [
+        pd.DataFrame(rows, columns=["ex", "depth"]),
+        pd.DataFrame(labels[clip_of_row], columns=tags),
     ]
-    folder = data_dir / input_data.SHARD_FOLDER
-    folder.mkdir(parents=True)
-    records = [record for clip in clips for record in input_data.encode_clip(clip, "test")]
-    input_data.write_records(folder / name, records)
-    listed = {"clips": NUM_CLIPS, "segments": 2 * NUM_CLIPS, "shards": [{"name": name}]}
-    manifest = {"tags": tags, "sample_rate": 22050, "num_samples": 90, "splits": {"test": listed}}
-    input_data.write_manifest(folder, manifest)
+    clips = pd.DataFrame({"clip_id": [f"{clip}" for clip in clip_of_row], "mp3_path": "0/a.mp3"})
+    if form == "published":
+        return pd.concat(columns, axis=1)
+    if form == "previous":
+        return pd.concat([*columns, clips], axis=1)
+    return pd.concat(columns, axis=1).set_index(pd.MultiIndex.from_frame(clips))
+
+
+def write_table(path, table):
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_pickle(path)
+    return path
+
+
+def expected_mean(table, depth, tag):
+    """Return the mean excitation of a tag, from tag columns by position."""
+    column = 2 + list(table.columns[2:]).index(tag)
+    rows = [row for row in table.itertuples(index=False) if row[1] == depth and row[column]]
+    return np.mean([row[0] for row in rows], axis=0)
 
 
 @pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """Execute the notebook in an empty folder with the given environment."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("EXCITATIONS", "DATA_DIR", "FIGURES_DIR"):
-        monkeypatch.delenv(name, raising=False)
+def environment(tmp_path, monkeypatch):
+    """Return a function that sets the variables of the notebook and clears the others."""
+
+    def set_variables(**variables):
+        for name in ("EXCITATIONS", "DATA_DIR", "FIGURES_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_variables
+
+
+@pytest.fixture
+def run_until(environment, monkeypatch):
+    """Return a function that runs the code cells up to one of them and returns their variables."""
+    monkeypatch.setattr(plt, "show", lambda: None)
+
+    def run(last_cell, **variables):
+        environment(**variables)
+        namespace = {}
+        for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+            if cell.cell_type == "code":
+                exec(compile(cell.source, cell.id, "exec"), namespace)
+                if cell.id == last_cell:
+                    return namespace
+        raise AssertionError(f"no cell {last_cell}")
+
+    with plt.rc_context({"backend": "agg"}):
+        yield run
+    plt.close("all")
+
+
+def curves_of(figure):
+    return np.array([line.get_ydata() for line in figure.axes[0].lines])
+
+
+def legend_of(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+# --- Reading tables ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".parquet"])
+@pytest.mark.parametrize("form", ["current", "published", "previous"])
+def test_reads_exactly_the_named_file_in_every_form(run_until, tmp_path, capsys, form, suffix):
+    table = make_table(form)
+    path = write_table(tmp_path / f"some{suffix}", table)
+    other = path.with_suffix({".pkl": ".parquet", ".parquet": ".pkl"}[suffix])
+    other.write_bytes(b"not a table")
+    variables = run_until("stddev", EXCITATIONS=path)
+
+    assert f"some{suffix}: 24 clips, 5 tags, 9 depths" in capsys.readouterr().out
+    assert variables["all_tags"] == TAGS[:-1]
+    for depth, channels in enumerate(CHANNELS):
+        means = variables["means"][depth]
+        assert means.shape == (5, channels)
+        for tag in TAGS[:-1]:
+            np.testing.assert_allclose(means.loc[tag], expected_mean(table, depth, tag), rtol=1e-5)
+    assert variables["ex_stddev"].index.tolist() == list(range(9))
+    np.testing.assert_allclose(
+        variables["ex_stddev"], [np.std(variables["means"][d], axis=0).mean() for d in range(9)]
+    )
+
+
+def test_reads_earlier_tables_with_tags_named_like_columns(run_until, tmp_path):
+    table = make_table("previous", ["ex", "depth", "loud"])
+    variables = run_until("chosen", EXCITATIONS=write_table(tmp_path / "some.pkl", table))
+    means = variables["means"][8]
+    assert list(means.index) == ["ex", "depth", "loud"]
+    np.testing.assert_allclose(means.loc["depth"], expected_mean(table, 8, "depth"), rtol=1e-5)
+
+
+def test_a_missing_table_is_named(run_until, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^excitations\.pkl does not exist: create it"):
+        run_until("load")
+
+
+# --- The published views -------------------------------------------------------------------------
+
+
+def test_plot_ex_draws_a_curve_for_every_tag(run_until, tmp_path):
+    tags = [f"tag {number}" for number in range(50)]
+    rng = np.random.default_rng(0)
+    table = pd.concat(
+        [
+            pd.DataFrame({"ex": [*rng.random((20, 16))], "depth": 0}),
+            pd.DataFrame(rng.random((20, 50)) < 0.5, columns=tags),
+        ],
+        axis=1,
+    )
+    variables = run_until("all-depths", EXCITATIONS=write_table(tmp_path / "some.pkl", table))
+    means = variables["means"][0].to_numpy()
+    figure = plt.figure(plt.get_fignums()[-1])
+    assert len(plt.get_fignums()) == 1  # one depth, one figure
+    np.testing.assert_array_equal(curves_of(figure), means[:, np.argsort(means.mean(axis=0))])
+    assert legend_of(figure) == tags
+    assert figure.axes[0].get_ylim() == (0, 1)
+    colors = [tuple(line.get_color()) for line in figure.axes[0].lines]
+    assert len(set(colors)) == 50
+    assert [line.get_color() for line in figure.legends[0].get_lines()] == [
+        line.get_color() for line in figure.axes[0].lines
+    ]
+
+
+def test_plot_ex_sorts_by_the_mean_of_the_tags_shown(run_until, tmp_path):
+    table = make_table(tags=["classical", "metal", "rock", "dance"])
+    path = write_table(tmp_path / "some.pkl", table)
+    variables = run_until("chosen", EXCITATIONS=path)
+    means = variables["means"]
+    chosen = means[0].loc[["classical", "metal", "dance"]].to_numpy()
+    figure = plt.figure(plt.get_fignums()[-1])
+    np.testing.assert_array_equal(curves_of(figure), chosen[:, np.argsort(chosen.mean(axis=0))])
+    assert legend_of(figure) == ["classical", "metal", "dance"]
+
+    variables["plot_ex"](4, sort=False, tags=["rock"])
+    figure = plt.gcf()
+    np.testing.assert_array_equal(curves_of(figure), means[4].loc[["rock"]])
+    assert legend_of(figure) == ["rock"]
+
+
+def test_missing_chosen_tags_are_named_and_replaced(run_until, tmp_path, capsys):
+    table = make_table(tags=["metal", "rock", "rare", "never"])
+    table["rock"], table["rare"] = 1, table["metal"] & table["rare"]
+    run_until("chosen", EXCITATIONS=write_table(tmp_path / "some.pkl", table))
+    assert (
+        "The table has no clips of classical, dance. Shown: metal, rock, rare."
+        in capsys.readouterr().out
+    )
+    assert legend_of(plt.figure(plt.get_fignums()[-1])) == ["metal", "rock", "rare"]
+
+
+# --- Additional analyses and the whole notebook ---------------------------------------------------
+
+
+def test_levels_of_the_dataset_are_compared_with_excitations(run_until, tiny_dataset, tmp_path):
+    dataset = open_dataset(tiny_dataset)
+    clips = list(read_clips(dataset.splits["test"].shards))
+    levels = [10 * np.log10(np.mean(np.square(clip.segments, dtype=float))) for clip in clips]
+    table = pd.concat(
+        [
+            pd.DataFrame(
+                [(np.float32([0.5, 0.5 - level / 100]), d) for level in levels for d in (0, 1)],
+                columns=["ex", "depth"],
+            ),
+            pd.DataFrame(np.repeat([c.labels for c in clips], 2, axis=0), columns=dataset.tags),
+        ],
+        axis=1,
+    )
+    path = write_table(tmp_path / "some.pkl", table)
+    variables = run_until("level", EXCITATIONS=path, DATA_DIR=tiny_dataset)
+    np.testing.assert_allclose(variables["level"], levels)
+    np.testing.assert_allclose([r[1] for r in variables["correlations"]], -1, atol=1e-5)
+
+    table.iloc[:2, 2] = 1 - table.iloc[:2, 2]  # the labels of other clips
+    variables = run_until("level", EXCITATIONS=write_table(path, table), DATA_DIR=tiny_dataset)
+    assert variables["level"] is None
+
+
+def test_runs_in_a_kernel_and_its_controls_redraw_the_picture(environment, tmp_path, monkeypatch):
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    folder, figures = tmp_path / "run", tmp_path / "figures"
+    folder.mkdir()
+    figures.mkdir()
+    path = write_table(tmp_path / "some.parquet", make_table())
+    environment(EXCITATIONS=path, FIGURES_DIR=figures)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells.append(
+        nbformat.v4.new_code_cell(
+            "drawn = [picture.value]\n"
+            "for control, value in ((depth, 5), (tags, ['loud']), (tags, []), (sort, False)):\n"
+            "    control.value = value\n"
+            "    drawn.append(picture.value)\n"
+            "print('pictures:', len(set(drawn)))"
+        )
+    )
+    resources = {"metadata": {"path": folder}}
+    nbclient.NotebookClient(
+        notebook, timeout=60, kernel_name="python3", resources=resources
+    ).execute()
 
-    def run(**environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, str(value))
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        nbclient.NotebookClient(
-            notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": folder}}
-        ).execute()
-        assert not errors_of(notebook)
-        return notebook
+    assert not errors_of(notebook)
+    assert len(images_of(notebook)) == NUM_FIGURES
+    assert "pictures: 5" in text_of(notebook)
+    assert "DATA_DIR is not set" in text_of(notebook)
+    assert [path.name for path in figures.iterdir()] == ["first_block_excitations.png"]
+    assert not list(folder.iterdir())
+    widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
+    names = {widget["model_name"] for widget in widgets.values()}
+    assert {"SelectionSliderModel", "SelectMultipleModel", "CheckboxModel", "ImageModel"} <= names
 
-    return run
+
+def test_committed_notebook_is_executed_and_clean():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata
+    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    # Without a kernel the controls are an error message, so their output is not stored.
+    assert not code_cells[-1].outputs
+    counts = [cell.execution_count for cell in code_cells[:-1]]
+    assert counts == list(range(1, len(code_cells)))
+    assert not any("execution" in cell.metadata for cell in code_cells)
+    assert len(images_of(notebook)) >= NUM_FIGURES - 1
+    assert not errors_of(notebook)
+    for output in outputs_of(notebook):
+        for text in [output.get("text", ""), *output.get("data", {}).values()]:
+            if not text.startswith("iVBOR"):
+                assert not re.search(r"(?<![\w<.])/\w+/|[A-Z]:\\", text)  # paths of one machine
+    assert NOTEBOOK.stat().st_size < 3_000_000
 
 
 def outputs_of(notebook):
@@ -122,93 +301,3 @@ def images_of(notebook):
 
 def text_of(notebook):
     return "".join(output.get("text", "") for output in outputs_of(notebook))
-
-
-def size_of(image):
-    assert image.startswith(b"\x89PNG\r\n")
-    return struct.unpack(">II", image[16:24])
-
-
-def test_prefers_parquet_and_then_reads_no_pickle(execute, tmp_path):
-    """What a pickle would run does not, where a Parquet file of its name is there."""
-    import extract_excitations
-
-    write_excitations(tmp_path / "some.pkl", ["loud" if tag == "ex" else tag for tag in TAGS[:2]])
-    table = pd.read_pickle(tmp_path / "some.pkl")
-    extract_excitations.write(tmp_path / "some.parquet", table)
-    ran = tmp_path / "ran"
-    (tmp_path / "some.pkl").write_bytes(b"cbuiltins\nopen\n(V%s\nVw\ntR." % str(ran).encode())
-    notebook = execute(EXCITATIONS=tmp_path / "some.pkl")
-    assert "some.parquet: clips 24, tags 2, depths 9" in text_of(notebook)
-    assert not ran.exists()
-    pickle.loads((tmp_path / "some.pkl").read_bytes()).close()
-    assert ran.exists(), "the pickle would have told"
-
-
-def test_runs_on_any_tags(execute, tmp_path):
-    write_excitations(tmp_path / "some.pkl")
-    figures = tmp_path / "figures"
-    notebook = execute(EXCITATIONS=tmp_path / "some.pkl", FIGURES_DIR=figures)
-
-    images = images_of(notebook)
-    assert len(images) == NUM_FIGURES
-    assert {size_of(image)[0] for image in images} == {830}
-    text = text_of(notebook)
-    assert "some.pkl: clips 24, tags 6, depths 9" in text
-    assert "left out, carried by no clip: never" in text
-    assert "DATA_DIR is not set" in text
-    assert [path.name for path in figures.iterdir()] == ["first_block_excitations.png"]
-    assert size_of((figures / "first_block_excitations.png").read_bytes())[0] == 830
-    widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
-    names = {widget["model_name"] for widget in widgets.values()}
-    assert {"SelectionSliderModel", "SelectMultipleModel", "DropdownModel", "ImageModel"} <= names
-    assert not list((tmp_path / "run").iterdir())
-
-
-@pytest.mark.slow
-def test_runs_without_ipywidgets_and_measures_levels(execute, tmp_path, monkeypatch):
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    (blocked / "ipywidgets.py").write_text("raise ImportError('blocked')\n")
-    monkeypatch.setenv("PYTHONPATH", f"{blocked}:{NOTEBOOK.parent}")
-    labels = make_labels(TAGS, np.random.default_rng(7))
-    write_excitations(tmp_path / "some.pkl", labels=labels)
-    write_test_shard(tmp_path / "dataset", TAGS, labels)
-    notebook = execute(EXCITATIONS=tmp_path / "some.pkl", DATA_DIR=tmp_path / "dataset")
-
-    assert len(images_of(notebook)) == NUM_FIGURES + 1
-    text = text_of(notebook)
-    assert "ipywidgets is not installed" in text
-    assert "level of 24 of 24 clips found" in text
-    assert "median |r| over channels: depth 0 0." in text
-
-
-@pytest.mark.slow
-def test_runs_on_a_single_tag(execute, tmp_path):
-    write_excitations(tmp_path / "one.pkl", tags=["alone"])
-    notebook = execute(EXCITATIONS=tmp_path / "one.pkl", DATA_DIR=tmp_path / "nowhere")
-    assert len(images_of(notebook)) == NUM_FIGURES - 1
-    text = text_of(notebook)
-    assert "it needs clips of both a tag 'loud' and a tag 'quiet'" in text
-    assert "DATA_DIR names no folder" in text
-
-
-def test_committed_notebook_is_executed_and_clean():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)
-    assert notebook.metadata.kernelspec.name == "python3"
-    assert "widgets" not in notebook.metadata
-    code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    # Controls without a kernel are only an error message, so that cell's output is not stored.
-    assert not code_cells[-1].outputs
-    counts = [cell.execution_count for cell in code_cells[:-1]]
-    assert counts == list(range(1, len(code_cells)))
-    assert not any("execution" in cell.metadata for cell in code_cells)
-    assert len(images_of(notebook)) >= NUM_FIGURES - 1
-    assert not errors_of(notebook)
-    for output in outputs_of(notebook):
-        for text in [output.get("text", ""), *output.get("data", {}).values()]:
-            if not text.startswith("iVBOR"):
-                assert not re.search(r"(?<![\w<.])/\w+/|[A-Z]:\\", text)
-    assert NOTEBOOK.stat().st_size < 2_000_000

@@ -12,6 +12,7 @@ from pathlib import Path
 import tag
 from model import NetworkConfig, build_network
 from toolkit import figures
+from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.data.audio import decode, decode_pieces
 from toolkit.errors import AudioError
 from toolkit.models.checkpoints import Checkpoint, load, save
@@ -21,6 +22,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import encode_audio, synthesise
+from test_eval import published_stage
 
 SEGMENT = 59049
 RATE = 22050
@@ -76,20 +78,39 @@ def json_lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_published_models_predict_what_they_did(golden, capsys):
+def test_published_log_folders_predict_what_they_did(golden, tmp_path, capsys):
     expected = np.load(golden / "expected.npz")
     clips = [golden / "clips" / f"gm-{name}-01-take-0-29.mp3" for name in ("pop", "choir")]
     for name in ("se-multi", "res-nomulti"):
-        model = golden / "checkpoints" / f"{name}.hdf5"
+        model = published_stage(golden, tmp_path / name, name)
         out, said = run(capsys, model, *clips, "--json")
-        assert said == []
+        assert len(said) == 1 and said[0].startswith(f"{model}: the file names no tags: assuming")
         found = json_lines(out)
         assert [line["path"] for line in found] == list(map(str, clips))
         assert [line["segments"] for line in found] == [10, 10]
         means = expected[f"{name}/predictions"].reshape(2, 10, 50).mean(axis=1)
         values = [list(line["tags"].values()) for line in found]
         np.testing.assert_allclose(values, means, rtol=0, atol=1e-5)
-        assert tuple(found[0]["tags"]) == load(model).tags
+        assert tuple(found[0]["tags"]) == MTT_TOP_TAGS
+
+
+def test_tags_of_a_file_that_names_none(golden, tmp_path, capsys):
+    model = golden / "checkpoints" / "se-multi.hdf5"
+    clip = golden / "clips" / "gm-pop-01-take-0-29.mp3"
+    moods = [f"mood {number}" for number in range(50)]
+    (tmp_path / "tags.txt").write_text("\n".join(moods) + "\n")
+    (tmp_path / "manifest.json").write_text(json.dumps({"tags": moods}))
+    (tmp_path / "few.txt").write_text("calm\n")
+    for name in ("tags.txt", "manifest.json"):
+        out, said = run(capsys, model, clip, "--json", "--tags", tmp_path / name)
+        assert said == []
+        assert list(json_lines(out)[0]["tags"]) == moods
+    for name, message in {
+        "few.txt": "1 tags, but",
+        "none.txt": "expected one tag per line",
+    }.items():
+        _, said = run(capsys, model, clip, "--tags", tmp_path / name, status=2)
+        assert message in said[-1]
 
 
 def test_a_folder_is_walked_in_order_and_what_is_no_audio_is_skipped(folder, model_path, capsys):
@@ -229,7 +250,7 @@ def test_a_named_file_that_cannot_be_decoded_is_an_error_after_the_rest(
     out, said = run(capsys, model_path, text, missing, folder / "c.flac", "--csv", status=1)
     assert len(out.splitlines()) == 2
     assert said[0].startswith(f"{text}: ") and said[1] == f"{missing}: no such file"
-    assert said[2:] == ["tag.py: error: 2 of the files named cannot be decoded"]
+    assert said[2:] == ["tag.py: error: 2 of the given files cannot be decoded"]
 
     out, said = run(capsys, model_path, missing, status=1)
     assert (out, said) == ("", [f"tag.py: error: {missing}: no such file"])
@@ -264,24 +285,22 @@ def test_python_callers_get_the_error(model_path, tmp_path):
 
 def test_folders_without_audio(model_path, tmp_path, capsys):
     out, said = run(capsys, model_path, tmp_path, status=2)
-    assert (out, said) == ("", [f"tag.py: error: {tmp_path}: no files in it"])
+    assert (out, said) == ("", [f"tag.py: error: {tmp_path}: there are no files"])
     (tmp_path / "a.txt").write_text("words\n")
     out, said = run(capsys, model_path, tmp_path, status=1)
-    assert out == "" and said[-1] == f"tag.py: error: {tmp_path}: no audio in it"
+    assert out == "" and said[-1] == f"tag.py: error: {tmp_path}: there is no audio"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--taggram", "x.png"], "--taggram is of one file, 5 are given"),
-        (["--save-taggram", "x.csv"], "--save-taggram is of one file, 5 are given"),
+        (["--taggram", "x.png"], "--taggram needs exactly one audio file, but there are 5"),
+        (["--save-taggram", "x.csv"], "--save-taggram needs exactly one audio file, but there "),
     ],
 )
 def test_a_taggram_is_of_one_file(folder, model_path, capsys, options, message):
-    assert run(capsys, model_path, folder, *options, status=2) == (
-        "",
-        [f"tag.py: error: {message}"],
-    )
+    out, (said,) = run(capsys, model_path, folder, *options, status=2)
+    assert out == "" and said.startswith(f"tag.py: error: {message}")
 
 
 @pytest.mark.parametrize(
@@ -292,7 +311,7 @@ def test_a_taggram_is_of_one_file(folder, model_path, capsys, options, message):
             "--taggram x.jpeg: expected a name that ends in .png",
         ),
         (["--save-taggram", "x.png"], "--save-taggram x.png: expected a name that ends in .csv"),
-        (["--taggram", "/none/x.png"], "--taggram /none/x.png: no folder /none"),
+        (["--taggram", "/none/x.png"], "--taggram /none/x.png: there is no folder /none"),
     ],
 )
 def test_taggrams_that_cannot_be_written(folder, model_path, capsys, options, message):

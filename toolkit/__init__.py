@@ -1,1 +1,3 @@
-"""The toolkit: everything that the stage scripts share, a folder per concern."""
+"""The package that the scripts share, with one subpackage per stage of the pipeline."""
+
+import toolkit.minimum_python  # noqa: F401  # first: all other modules need a supported Python

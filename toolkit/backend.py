@@ -13,7 +13,7 @@ from pathlib import Path
 
 from toolkit.errors import UsageError
 
-# Keras's backends, and the requirements file that installs each.
+# Keras's backends in order of preference, and the requirements file that installs each.
 _BACKENDS = {
     "tensorflow": "requirements.txt",
     "jax": "requirements/backends.txt",
@@ -24,19 +24,23 @@ _BACKENDS = {
 def import_keras() -> None:
     """Import Keras and its backend without their log output.
 
+    The backend is that of KERAS_BACKEND, or of Keras's configuration file, or the first installed
+    one of TensorFlow, JAX and PyTorch.
+
     Raises
     ------
     UsageError
         The backend is unknown or not installed.
     """
-    backend = os.environ.get("KERAS_BACKEND") or _configured_backend()
+    backend = os.environ.get("KERAS_BACKEND") or _default_backend()
     if backend not in _BACKENDS:
         raise UsageError(f"KERAS_BACKEND={backend}: expected one of {', '.join(_BACKENDS)}")
-    if importlib.util.find_spec(backend) is None:
+    if not _is_installed(backend):
         raise UsageError(
             f"{backend}, the selected Keras backend, is not installed: python -m pip install -r "
             f"{_BACKENDS[backend]}, or select another with KERAS_BACKEND ({', '.join(_BACKENDS)})"
         )
+    os.environ["KERAS_BACKEND"] = backend
     import_quietly("keras")
 
 
@@ -68,6 +72,8 @@ def device_names() -> list[str]:
     if name == "torch":
         import torch
 
+        if torch.backends.mps.is_available():  # Keras prefers Apple's GPU to others
+            return ["Apple GPU (MPS)"]
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if name == "jax":
         import jax
@@ -81,13 +87,22 @@ def device_names() -> list[str]:
     ]
 
 
-def _configured_backend() -> str:
-    """Return the backend of Keras's own configuration file, or TensorFlow."""
+def _default_backend() -> str:
+    """Return the backend of Keras's configuration file, or else the first installed one."""
     folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
+    preferred = next(iter(_BACKENDS))
     try:
-        return json.loads((folder / "keras.json").read_text())["backend"]
+        configured = json.loads((folder / "keras.json").read_text())["backend"]
     except (OSError, ValueError, KeyError, TypeError):
-        return "tensorflow"
+        configured = preferred
+    # Keras writes "tensorflow" to the file when it is first imported, with any backend.
+    if configured != preferred:
+        return configured
+    return next(filter(_is_installed, _BACKENDS), preferred)
+
+
+def _is_installed(backend: str) -> bool:
+    return importlib.util.find_spec(backend) is not None
 
 
 def import_quietly(*modules: str) -> None:

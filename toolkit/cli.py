@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import toolkit.minimum_python  # noqa: F401  # first: the rest needs a newer Python
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.messages import say
 
@@ -148,7 +147,7 @@ def add_tags(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         default=None,
         help="names of the model's outputs, one per line, or a dataset's manifest.json (default: "
-        "those in the model file, or MagnaTagATune's 50)",
+        "those in the model file or else MagnaTagATune's 50)",
     )
 
 

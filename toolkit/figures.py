@@ -1,6 +1,6 @@
-"""Pictures of scores, of training and of tags over time, 830 pixels wide.
+"""Figures of training, scores and tags over time, 830 pixels wide.
 
-Figures are drawn without pyplot, so that nothing of a screen or a thread is needed.
+They are drawn without pyplot, so that they need no screen and work in any thread.
 """
 
 import io
@@ -9,23 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from toolkit.evaluation import CONFIDENCE, Resamples, Scores, clip_mean, interval
+from toolkit.evaluation import CONFIDENCE, Resamples, Scores, interval
 from toolkit.files import write_atomically
+from toolkit.prediction import clip_mean
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PICTURE_FORMATS = (".png", ".svg", ".pdf")  # endings that `plot_taggram` takes
-# A picture of 830 pixels, in inches of 100.
+PICTURE_FORMATS = (".png", ".svg", ".pdf")  # file name extensions for `plot_taggram`
+# 830 pixels, in inches of 100 pixels.
 _WIDTH = 8.3
 _DPI = 100
-# Okabe and Ito's colours, told apart with any colour vision.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "oDs^vP"
 _GREY = "0.85"
-# Below this many positive clips resamples are too alike for their interval to be trusted.
+# With fewer positive clips, resamples are too similar for a reliable interval.
 _FEW_POSITIVES = 10
 
 
@@ -39,7 +40,7 @@ def plot_training(
     path : str or Path or binary file
         Picture to write.
     histories : dict of int to list of dict
-        Rows of each stage's ``training.csv``, stages in order; each has one row or more.
+        Rows of ``training.csv`` of each stage, in order; every stage has at least one row.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -56,7 +57,7 @@ def plot_training(
         axes.grid(axis="y", color=_GREY, linewidth=0.6)
         axes.set_axisbelow(True)
         for column, name, colour, style in lines:
-            # A line a stage: between stages weights go back to the best epoch.
+            # One line per stage, because a stage starts from the best epoch, not from the last.
             start = 0
             for number, history in enumerate(histories.values()):
                 values = [row[column] for row in history]
@@ -96,7 +97,7 @@ def _tag_rows(tags: tuple[str, ...], positives: np.ndarray, order: np.ndarray) -
 
 
 def _draw_rows(num_rows: int, row_height: float, width_ratios: Sequence[float]):
-    """Make a figure of two panels side by side, with a row a tag that both share."""
+    """Create a figure of two panels side by side that share one row per tag."""
     from matplotlib.figure import Figure
 
     height = max(2.6, 1.4 + row_height * num_rows)
@@ -119,7 +120,7 @@ def _draw_intervals(
     is_filled: np.ndarray,
     model: int,
 ) -> None:
-    """Draw a value a row with its interval; hollow where it is not to be trusted."""
+    """Draw one value per row with its interval; unreliable ones are hollow."""
     colour = _COLOURS[model % len(_COLOURS)]
     axes.hlines(rows, *ends, color=colour, linewidth=1.6, alpha=0.55)
     faces = [colour if filled else "white" for filled in is_filled]
@@ -132,18 +133,20 @@ def _draw_intervals(
 def plot_tags(
     path: str | Path, tags: tuple[str, ...], num_clips: int, scores: Scores, resamples: Resamples
 ) -> None:
-    """Draw each tag's scores with their intervals, the best on top.
+    """Draw the scores of each tag with their intervals, the best tag on top.
 
     Parameters
     ----------
     path : str or Path
         Picture to write.
     tags : tuple of str
-        In model order.
+        Names of the tags, in the model's order.
     num_clips : int
-        Test clips.
-    scores, resamples
-        Of the model, and of resamples of the clips.
+        Number of test clips.
+    scores : Scores
+        Scores of the model.
+    resamples : Resamples
+        Its resampled scores.
     """
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
@@ -203,16 +206,20 @@ def plot_comparison(
     scores: Sequence[Scores],
     resamples: Sequence[Resamples],
 ) -> None:
-    """Draw models' ROC AUC tag by tag, and their differences from the first with intervals.
+    """Draw the ROC AUC of several models per tag, and their differences from the first.
 
     Parameters
     ----------
     path : str or Path
         Picture to write.
     tags : tuple of str
-        In model order.
-    names, scores, resamples
-        Of each model; resamples of the same clips.
+        Names of the tags, in the models' order.
+    names : sequence of str
+        Names of the models.
+    scores : sequence of Scores
+        Scores of each model.
+    resamples : sequence of Resamples
+        Resampled scores of each model, on the same clips.
     """
     from matplotlib.lines import Line2D
 
@@ -234,7 +241,7 @@ def plot_comparison(
         _draw_intervals(left, rows, values[model], nothing, is_filled, model)
         if model == 0:
             continue
-        # Several models share a row: one under the other.
+        # Models of one row are drawn below each other.
         shift = 0.8 * ((num_models / 2 - model) / (num_models - 1))
         ends = interval(resamples[model].roc_auc[:, order] - resamples[0].roc_auc[:, order])
         _draw_intervals(right, rows + shift, values[model] - values[0], ends, is_filled, model)
@@ -278,19 +285,19 @@ def plot_taggram(
     Parameters
     ----------
     path : str or Path
-        Picture to write; its ending is one of `PICTURE_FORMATS`.
+        Picture to write, with an extension of `PICTURE_FORMATS`.
     tags : tuple of str
-        In model order.
+        Names of the tags, in the model's order.
     probabilities : np.ndarray [shape=(n_segments, n_tags)]
-        Of each segment.
+        Probabilities of the tags in each segment.
     starts : np.ndarray [shape=(n_segments,)]
-        Where each segment starts, in seconds.
+        Start of each segment, in seconds.
     segment_seconds : float
-        Length of a segment; where segments overlap, each is drawn about its middle.
+        Length of a segment, in seconds. Overlapping segments are drawn around their centres.
     title : str
-        Stands above.
+        Title of the figure.
     top : int
-        How many tags, those of largest mean.
+        Number of tags to draw, those with the largest mean.
     """
     from matplotlib.figure import Figure
 
@@ -302,7 +309,7 @@ def plot_taggram(
     axes = figure.subplots()
     image = axes.imshow(
         probabilities[:, order].T,
-        # viridis: perceptually uniform, and told apart by colour-blind readers.
+        # viridis: perceptually uniform, also for colour-blind readers.
         cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
         extent=(left, left + step * len(starts), len(order) - 0.5, -0.5),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one run at a time writes to."""
+"""Files that appear complete or not at all, and folders that one program at a time writes to."""
 
 import errno
 import fcntl
@@ -15,39 +15,39 @@ from toolkit import messages
 from toolkit.errors import ToolkitError
 
 _LOCK_NAME = ".lock"
-_OTHER_FILES = 256  # open files that a process needs besides those it announces
-# What file systems of several machines say that have no locks.
+_OTHER_FILES = 256  # open files that a process needs in addition to those it announces
+# Errors of network file systems that do not support locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def replaced_whole(path: str | Path, suffix: str = "") -> Iterator[Path]:
-    """Give a temporary name beside a file; what was written there then becomes the file.
+    """Yield a temporary path beside a file; on success, rename the temporary file to the file.
 
     Parameters
     ----------
     path : str or Path
-        The file; an earlier one is replaced only by one that is complete and on the disk.
+        Path of the file. An existing file is replaced only after the new one is on the disk.
     suffix : str
-        How the temporary name must end for the library that writes it.
+        Suffix of the temporary path, for libraries that require one.
 
     Raises
     ------
     OSError
-        It cannot be written; the error names the file.
+        The file cannot be written; the error names the file.
     """
     path = Path(path)
-    # Of this writing alone: a process that was given up, on this host or another, may still be
-    # writing the same file.
+    # Unique per call: an abandoned process, on this host or another, may still be writing the
+    # same file.
     writer = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
     temporary = path.with_name(f".{path.name}.{writer}.tmp{suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+            _flush_to_disk(file)
         os.replace(temporary, path)
     except OSError as error:
-        # A write does not say where, and the temporary name says nothing to anyone.
+        # A failed write names no file, and users do not know the temporary name.
         if error.filename is None or str(error.filename) == str(temporary):
             error.filename = str(path)
             error.filename2 = None
@@ -57,54 +57,69 @@ def replaced_whole(path: str | Path, suffix: str = "") -> Iterator[Path]:
             temporary.unlink()
 
 
+def _flush_to_disk(file: BinaryIO) -> None:
+    """Write a file's content from memory to the disk."""
+    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves data in the disk's own cache
+        with suppress(OSError):  # not supported by network file systems
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file.fileno())
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """Give a temporary file to write, and give it its name when all is written and flushed."""
+    """Yield a temporary file to write; on success, rename it to the file."""
     with replaced_whole(path) as temporary, open(temporary, "wb") as file:
         yield file
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, then give it its name."""
+    """Write a file that appears complete or not at all."""
     with written_whole(path) as file:
         file.write(content)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of runs that were killed; only where no other run writes."""
+    """Remove temporary files of killed programs; the caller holds the folder's lock."""
     for temporary in folder.glob(".*.tmp*"):
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def only_run(folder: Path, what: str, error: type[ToolkitError]) -> Iterator[None]:
-    """Hold a folder's lock; it is freed even when the process is killed.
+    """Lock a folder; the lock is released even if the process is killed.
 
     Parameters
     ----------
     folder : Path
-        Which; it is there.
+        Existing folder.
     what : str
-        What runs: a build, a training.
+        What the caller runs, such as ``build`` or ``training``, for messages.
     error : type of ToolkitError
-        What to raise where another one runs there.
+        Type of the exception if the folder is locked.
+
+    Raises
+    ------
+    ToolkitError
+        Another process holds the lock.
     """
     with open(folder / _LOCK_NAME, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise error(f"{folder}: another {what} is at work here") from None
+            raise error(f"{folder}: another {what} is already running in this folder") from None
         except OSError as reason:
             if reason.errno not in _NO_LOCKS:
                 raise
             messages.say(
-                f"{folder}: cannot be locked ({reason.strerror}): start no second {what} in it"
+                f"{folder}: cannot be locked ({reason.strerror}): do not start another {what} in "
+                "this folder"
             )
         yield
 
 
 def allow_open_files(num_files: int) -> None:
-    """Raise this process's limit of open files, if it may, for this many additional files."""
+    """Raise this process's limit of open files for additional files, as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = num_files + _OTHER_FILES
     if hard != resource.RLIM_INFINITY:

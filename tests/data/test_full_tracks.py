@@ -313,7 +313,7 @@ _MEASURED = """
     import tag
     from toolkit.data.shards import ShardTask, make_shard
     from toolkit.errors import AudioError
-    from toolkit.evaluation import predict_clips
+    from toolkit.prediction import predict_clips
     from input_data import open_dataset, read_clips
 
     what, path, split, shard = sys.argv[2], Path(sys.argv[3]), sys.argv[4], Path(sys.argv[5])

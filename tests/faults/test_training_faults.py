@@ -57,16 +57,14 @@ class TrainingProcess:
         return self.process.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failing", "epoch"),
     [
-        ("ckpt-e000", 0),
-        pytest.param("resume.keras", 0, marks=pytest.mark.slow),
-        pytest.param("ckpt-e001", 1, marks=pytest.mark.slow),
-        pytest.param("resume.keras", 1, marks=pytest.mark.slow),
-        pytest.param("training.csv", 1, marks=pytest.mark.slow),
+        ("ckpt-e000", 0), ("resume.keras", 0), ("ckpt-e001", 1), ("resume.keras", 1),
+        ("training.csv", 1),
     ],
-)
+)  # fmt: skip
 def test_a_write_that_fails_loses_nothing(
     tiny_dataset, trained, tmp_path, capsys, monkeypatch, failing, epoch
 ):

@@ -168,7 +168,7 @@ def test_kernel_initializer_limits(kernel):
         assert initializer.minval == -initializer.maxval
 
 
-@pytest.mark.parametrize("frames", [3, 4, 5, 26, 27, 28, 29])
+@pytest.mark.parametrize("frames", [3, 4, 5, 27])
 def test_pool_relu_is_max_pooling_and_relu(frames):
     import keras
 
@@ -176,17 +176,16 @@ def test_pool_relu_is_max_pooling_and_relu(frames):
     ours = keras.Model(segments, model.pool_relu(segments, name="block"))
     pooled = keras.layers.ReLU()(keras.layers.MaxPooling1D(3)(segments))
     x = np.random.default_rng(frames).standard_normal((5, frames, 4)).astype(np.float32)
-    result = ours.predict_on_batch(x)
+    result = keras.ops.convert_to_numpy(ours(x))
     assert result.shape == (5, frames // 3, 4)
-    np.testing.assert_array_equal(result, keras.Model(segments, pooled).predict_on_batch(x))
+    np.testing.assert_array_equal(result, keras.Model(segments, pooled)(x))
 
 
-@pytest.mark.parametrize("num_samples", [59050, 65536, 3 * 59049])
-@pytest.mark.parametrize("block", ["se", "res"])
+@pytest.mark.parametrize(("block", "num_samples"), [("se", 65_536), ("res", 3 * 59_049)])
 def test_longer_segments(block, num_samples):
     network = build_network(small(block, num_samples=num_samples))
     x = np.random.default_rng(0).standard_normal((2, num_samples)).astype(np.float32)
-    result = network.predict_on_batch(x)
+    result = np.asarray(network(x))
     assert result.shape == (2, 5)
     assert np.isfinite(result).all()
 
@@ -209,10 +208,10 @@ def test_outputs_are_probabilities_of_each_segment_alone():
     """At inference a segment's prediction does not depend on its batch."""
     network = build_network(small("rese"))
     x = np.random.default_rng(0).standard_normal((4, 59049)).astype(np.float32)
-    together = network.predict_on_batch(x)
+    together = np.asarray(network(x))
     assert together.shape == (4, 5)
     assert ((together > 0) & (together < 1)).all()
-    alone = np.concatenate([network.predict_on_batch(x[i : i + 1]) for i in range(4)])
+    alone = np.concatenate([network(x[i : i + 1]) for i in range(4)])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
@@ -231,7 +230,7 @@ def test_weight_decay_is_on_convolutions_only():
 
 def test_excitations_are_first_block_to_last():
     excitations = build_excitations(build_network(small("se")))
-    outputs = excitations.predict_on_batch(np.zeros((3, 59049), np.float32))
+    outputs = [np.asarray(output) for output in excitations(np.zeros((3, 59049), np.float32))]
     assert [output.shape for output in outputs] == [(3, 2)] * 2 + [(3, 4)] * 6 + [(3, 8)]
     assert all(((output > 0) & (output < 1)).all() for output in outputs)
 

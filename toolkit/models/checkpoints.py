@@ -5,10 +5,11 @@ weights only), and Keras 3's ``.h5``. Only names and arrays of a file are used: 
 network and assign the arrays to it, so no code in a file is ever run.
 """
 
+import dataclasses
 import json
 import re
+import reprlib
 import zipfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ _MAX_DESCRIPTION_BYTES = 2**24
 _CHECKPOINT_NAME = re.compile(r"ckpt-e(\d{3,})-l(\d+\.\d+)\.(keras|hdf5)")
 
 
-@dataclass
+@dataclasses.dataclass
 class Checkpoint:
     """A network with its weights and the meaning of its outputs.
 
@@ -53,7 +54,7 @@ class Checkpoint:
     config: NetworkConfig
     tags: tuple[str, ...] | None
     sample_rate: int = SAMPLE_RATE
-    training: dict = field(default_factory=dict)
+    training: dict = dataclasses.field(default_factory=dict)
 
 
 def checkpoint_name(epoch: int, val_loss: float) -> str:
@@ -155,13 +156,14 @@ def _load_keras(path: Path) -> Checkpoint:
     from model import build_network
 
     description = _read_description(path)
-    try:
-        config = NetworkConfig(**description["network"])
-        tags = _read_tags(description["tags"], config, path)
-        sample_rate = int(description["sample_rate"])
-        training = dict(description.get("training", {}))
-    except (KeyError, TypeError, ValueError, OverflowError, UsageError) as error:
-        raise CheckpointError(f"{path}: {_DESCRIPTION_NAME} is invalid: {error}") from None
+    config = _read_config(description.get("network"), path)
+    tags = _read_tags(description.get("tags"), config, path)
+    sample_rate = description.get("sample_rate")
+    if not isinstance(sample_rate, int) or sample_rate < 1:
+        raise _invalid(path, "sample_rate", sample_rate, "an integer of at least 1")
+    training = description.get("training", {})
+    if not isinstance(training, dict):
+        raise _invalid(path, "training", training, "an object")
     with _open_keras_weights(path) as file:
         datasets = list_arrays(file, path)
         check_sizes(config, datasets, path)
@@ -173,15 +175,32 @@ def _load_keras(path: Path) -> Checkpoint:
     return Checkpoint(network, config, tags, sample_rate, training)
 
 
-def _read_tags(names: list[str] | None, config: NetworkConfig, path: Path) -> tuple | None:
+def _read_config(fields: object, path: Path) -> NetworkConfig:
+    if not isinstance(fields, dict):
+        raise _invalid(path, "network", fields, "an object")
+    known = [field.name for field in dataclasses.fields(NetworkConfig)]
+    if unknown := sorted(fields.keys() - set(known)):
+        raise _invalid(path, "a field of network", unknown[0], f"one of {', '.join(known)}")
+    try:
+        return NetworkConfig(**fields)
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {_DESCRIPTION_NAME}: {error}") from None
+
+
+def _read_tags(names: object, config: NetworkConfig, path: Path) -> tuple[str, ...] | None:
     # Earlier versions wrote 'tag 0', 'tag 1', … for a converted file that named no tags.
-    if names is None or list(names) == [f"tag {number}" for number in range(len(names))]:
+    if names is None or names == [f"tag {number}" for number in range(config.num_tags)]:
         return None
-    if len(names) != config.num_tags or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(
-            f"{path}: names {len(names)} tags for a network of {config.num_tags} outputs"
-        )
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list or len(names) != config.num_tags:
+        raise _invalid(path, "tags", names, f"a list of {config.num_tags} names")
     return tuple(names)
+
+
+def _invalid(path: Path, name: str, found: object, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {_DESCRIPTION_NAME}: {name} is {reprlib.repr(found)}: expected {expected}"
+    )
 
 
 def _read_description(path: Path) -> dict:
@@ -190,8 +209,10 @@ def _read_description(path: Path) -> dict:
         description = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
-    if not isinstance(description, dict) or description.get("format") != _DESCRIPTION_FORMAT:
-        raise CheckpointError(f"{path}: {_DESCRIPTION_NAME} is not of format {_DESCRIPTION_FORMAT}")
+    if not isinstance(description, dict):
+        raise _invalid(path, "the content", description, "an object")
+    if description.get("format") != _DESCRIPTION_FORMAT:
+        raise _invalid(path, "format", description.get("format"), str(_DESCRIPTION_FORMAT))
     return description
 
 
@@ -208,13 +229,15 @@ def _read_member(path: Path, name: str, max_bytes: int) -> bytes:
         with zipfile.ZipFile(path) as archive:
             if name not in archive.namelist():
                 raise CheckpointError(
-                    f"{path}: not a .keras file of this toolkit (no {name} in it)"
+                    f"{path}: contains no {name}: expected a .keras file written by train.py or "
+                    "tools.convert_model"
                 )
             info = archive.getinfo(name)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > max_bytes:
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{path}: {name} is compressed: expected it uncompressed")
+            if info.file_size > max_bytes:
                 raise CheckpointError(
-                    f"{path}: {name} is compressed or too large ({info.file_size} bytes): "
-                    "expected it uncompressed"
+                    f"{path}: {name} has {info.file_size} bytes: expected at most {max_bytes}"
                 )
             return archive.read(info)
     except DAMAGE as error:

@@ -1,5 +1,6 @@
 """The hyper-parameters of a network, as options of the command line and fields of model files."""
 
+import reprlib
 from dataclasses import asdict, dataclass
 
 from toolkit import cli
@@ -9,6 +10,17 @@ from toolkit.errors import UsageError
 
 BLOCKS = ("se", "rese", "res", "basic")
 INITIALIZERS = ("published", "he")
+_CHOICES = {"block": BLOCKS, "initializer": INITIALIZERS, "multi": (True, False)}
+# Type, smallest and largest value. The largest values only exclude damaged model files.
+_LIMITS = {
+    "alpha": (int | float, 0, 256),
+    "init_features": (int, 1, 4096),
+    "dropout": (int | float, 0, 0.999),
+    "weight_decay": (int | float, 0, 1e6),
+    "num_tags": (int, 1, 100_000),
+    # Ten reductions by 3 need 3 ** 10 samples.
+    "num_samples": (int, SAMPLES_PER_SEGMENT, 2**26),
+}
 
 
 @dataclass(frozen=True)
@@ -45,23 +57,23 @@ class NetworkConfig:
     num_samples: int = SAMPLES_PER_SEGMENT
 
     def __post_init__(self):
-        if self.block not in BLOCKS:
-            raise UsageError(f"block must be one of {', '.join(BLOCKS)}. Received: {self.block!r}")
-        if self.initializer not in INITIALIZERS:
-            raise UsageError(
-                f"initializer must be one of {', '.join(INITIALIZERS)}. "
-                f"Received: {self.initializer!r}"
-            )
-        if self.num_samples < SAMPLES_PER_SEGMENT:
-            raise UsageError(
-                f"segments must have at least {SAMPLES_PER_SEGMENT} samples, which ten reductions "
-                f"by 3 need. Received: {self.num_samples}"
-            )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                self._refuse(name, f"one of {', '.join(map(str, allowed))}")
+        for name, (kind, smallest, largest) in _LIMITS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not smallest <= value <= largest:
+                number = "an integer" if kind is int else "a number"
+                self._refuse(name, f"{number} from {smallest} to {largest}")
         if self.has_excitations and self.init_features * self.alpha < 1:
             raise UsageError(
                 f"alpha times the {self.init_features} initial features must be at least 1. "
                 f"Received: alpha {self.alpha}"
             )
+
+    def _refuse(self, name: str, expected: str) -> None:
+        received = reprlib.repr(getattr(self, name))
+        raise UsageError(f"{name} must be {expected}. Received: {received}")
 
     @property
     def has_excitations(self) -> bool:

@@ -18,7 +18,6 @@ import numpy as np
 _MAX_ARRAY_BYTES = 2**31
 _MAX_OBJECTS = 100_000
 _MAX_DEPTH = 16
-_MAX_TAGS = 100_000
 
 # Exceptions that zipfile, json and h5py raise on damaged files.
 DAMAGE = (
@@ -156,21 +155,8 @@ def check_sizes(config: NetworkConfig, datasets: dict, path: Path) -> None:
     Raises
     ------
     CheckpointError
-        A hyper-parameter is out of range, or the file is too small for the network.
+        The file is too small for the network.
     """
-    for name, kind, smallest, largest in (
-        ("init_features", int, 1, 4096),
-        ("alpha", int | float, 0, 256),
-        ("num_tags", int, 1, _MAX_TAGS),
-        ("num_samples", int, 1, 2**26),
-        ("dropout", int | float, 0, 0.999),
-        ("weight_decay", int | float, 0, 1e6),
-    ):
-        value = getattr(config, name)
-        if not isinstance(value, kind) or not smallest <= value <= largest:
-            raise CheckpointError(
-                f"{path}: {name} is {value!r}: expected a number from {smallest} to {largest}"
-            )
     # The largest kernels of the last block and the output layer are most of the network.
     width = 4 * config.init_features
     num_numbers = 1.5 * width**2 + width * config.num_tags

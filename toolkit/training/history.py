@@ -9,7 +9,7 @@ from toolkit import backend, figures, messages
 from toolkit.files import write_atomically
 
 HISTORY_NAME = "training.csv"
-PICTURE_NAME = "training.png"  # shows all stages; lies beside their folders
+PICTURE_NAME = "training.png"  # shows all stages; stored beside their folders
 
 
 def write_history(path: str | Path, history: list[dict[str, float]]) -> None:

@@ -1,4 +1,4 @@
-"""A stage of training: where it starts, how it resumes, and what an epoch writes."""
+"""The state of a stage: its start, its resumption, and the files of an epoch."""
 
 import math
 import secrets
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from input_data import Dataset, SegmentReader
 from toolkit.errors import TrainingError, UsageError
-from toolkit.evaluation import check_fits
 from toolkit.files import only_run, remove_leftovers
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.config import NetworkConfig
+from toolkit.prediction import load_for_dataset
 from toolkit.signals import StopRequest
 from toolkit.training.devices import Job
 from toolkit.training.history import HISTORY_NAME, EventLog, update_picture, write_history
@@ -34,7 +34,7 @@ _CHANGEABLE = {"dropout", "weight_decay"}
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same through all stages."""
+    """What all stages share."""
 
     train_dir: Path
     dataset: Dataset
@@ -166,7 +166,7 @@ def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
     state : StageState
         Progress of the stage.
     checkpoint : Checkpoint
-        Network to train, and what the files of the stage say about it.
+        Network to train, and the metadata that the stage's checkpoints will have.
 
     Raises
     ------
@@ -217,12 +217,8 @@ def _previous_best(run: Run, stage: int) -> Path:
 
 def _load_for(run: Run, path: Path) -> Checkpoint:
     """Load a checkpoint and check that it fits the dataset and the options."""
-    checkpoint = checkpoints.load(path)
+    checkpoint = load_for_dataset(path, run.dataset, run.job.say)
     is_published = path.suffix == ".hdf5"
-    if is_published:
-        run.job.say(f"{path}: names no tags: using the tags of {run.dataset.path}")
-        checkpoint.tags = run.dataset.tags
-    check_fits(run.dataset, checkpoint)
     different = [
         f"{name} {getattr(checkpoint.config, name)!r}, now {value!r}"
         for name, value in run.config.to_json().items()
@@ -257,7 +253,7 @@ def _apply_config(run: Run, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _published_state(path: Path) -> StageState:
-    """Return the progress that the file name of a published checkpoint tells."""
+    """Read the progress of a stage from the file name of a published checkpoint."""
     epoch, loss = path.stem.removeprefix("ckpt-e").split("-l")
     return StageState(epoch=int(epoch), best_loss=float(loss))
 

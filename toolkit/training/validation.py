@@ -4,12 +4,11 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-from input_data import read_clips
-from toolkit import messages
 from toolkit.errors import TrainingError
-from toolkit.evaluation import Scores, binary_crossentropy, clip_mean, predict_clips, score
+from toolkit.evaluation import Scores, binary_crossentropy, score
 from toolkit.files import write_atomically
 from toolkit.models import checkpoints
+from toolkit.prediction import clip_mean, predict_split
 from toolkit.training.stage import TEST_NAME, Run
 
 import numpy as np
@@ -125,22 +124,12 @@ def _predict_split(
     predictions : list of np.ndarray [shape=(n_segments, n_tags), dtype=float32]
         One array per clip.
     """
-    dataset, job = run.dataset, run.job
-    num_tags = len(dataset.tags)
-    found = dataset.splits[split]
-    shards = found.shards[job.process :: job.num_processes]
-    clips = predict_clips(
-        predictor,
-        read_clips(shards, dataset.num_samples, num_tags),
-        run.options.batch_size,
-        run.stop.check,
-    )
+    job, num_tags = run.job, len(run.dataset.tags)
     labels, num_segments = [np.zeros((0, num_tags), np.uint8)], []
     predictions = [np.zeros((0, num_tags), np.float32)]
-    for clip, (of_clip,) in messages.progress(
-        clips,
-        total=found.num_clips if job.num_processes == 1 else None,
-        unit="clip", desc=doing, leave=False, disable=not job.is_first,
+    for clip, (of_clip,) in predict_split(
+        predictor, run.dataset, split, run.options.batch_size, doing,
+        (job.process, job.num_processes), run.stop.check,
     ):  # fmt: skip
         labels.append(clip.labels[np.newaxis])
         num_segments.append(len(of_clip))

@@ -1,0 +1,198 @@
+"""Predictions over clips: batches, means, and models that fit a dataset."""
+
+import json
+import shutil
+import weakref
+from dataclasses import replace
+
+import eval as eval_script
+from input_data import Clip, open_dataset, read_clips
+from model import build_network
+from toolkit.errors import UsageError
+from toolkit.models import checkpoints
+from toolkit.models.checkpoints import Checkpoint, save
+from toolkit.models.config import NetworkConfig
+from toolkit.prediction import load_for_dataset, predict_clips
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+
+class Sums:
+    """A model of two outputs that can be checked by hand: sums over a segment, and its maximum."""
+
+    input_shape = (None, 4)
+
+    def __init__(self):
+        self.batches = []
+
+    def predict_on_batch(self, batch):
+        self.batches.append(batch.shape)
+        return [batch @ np.arange(8, dtype=np.float32).reshape(4, 2), batch.max(axis=1)]
+
+
+def clips_of(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [
+        Clip(random.standard_normal((n, 4)).astype(np.float32), np.array([n % 2]), str(number))
+        for number, n in enumerate(lengths)
+    ]
+
+
+def assert_predicted(result, clips):
+    for (found, (sums, maxima)), clip in zip(result, clips, strict=True):
+        assert (found.clip_id, found.labels, found.part) == (clip.clip_id, clip.labels, 0)
+        assert found.segments.nbytes == 0 and found.segments.base is None
+        expected_sums, expected_maxima = Sums().predict_on_batch(clip.segments)
+        np.testing.assert_allclose(sums, expected_sums, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(maxima, expected_maxima)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), max_size=12),
+    batch_size=st.integers(1, 40),
+)
+def test_any_batch_size_gives_the_same(lengths, batch_size):
+    clips, model, num_calls = clips_of(lengths), Sums(), []
+    result = list(predict_clips(model, clips, batch_size, lambda: num_calls.append(1)))
+    assert_predicted(result, clips)
+    # One shape only, and no more batches than there must be.
+    assert set(model.batches) <= {(batch_size, 4)}
+    assert len(model.batches) == len(num_calls) == -(-sum(lengths) // batch_size)
+
+
+def parts_of(clip, num_segments):
+    for part, start in enumerate(range(0, len(clip.segments), num_segments)):
+        yield replace(clip, segments=clip.segments[start : start + num_segments], part=part)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), max_size=6),
+    num_segments=st.integers(1, 9),
+    batch_size=st.integers(1, 40),
+)
+def test_a_clip_in_parts_is_one_clip(lengths, num_segments, batch_size):
+    clips = clips_of(lengths)
+    parts = (part for clip in clips for part in parts_of(clip, num_segments))
+    assert_predicted(predict_clips(Sums(), parts, batch_size), clips)
+
+
+def test_parts_are_let_go_as_they_are_predicted():
+    (clip,) = clips_of([100])
+    read = []
+
+    def reading():
+        for part in parts_of(clip, 5):
+            part.segments = part.segments.copy()
+            read.append(weakref.ref(part.segments))
+            assert sum(segments() is not None for segments in read) <= 2
+            yield part
+
+    assert_predicted(predict_clips(Sums(), reading(), batch_size=4), [clip])
+    assert len(read) == 20
+
+
+def test_clips_come_as_soon_as_they_are_done():
+    """A long split is not held in memory: at most a batch of clips is waiting."""
+    read = []
+
+    def reading():
+        for clip in clips_of([2] * 50):
+            read.append(clip)
+            yield clip
+
+    for done, _ in enumerate(predict_clips(Sums(), reading(), batch_size=6)):
+        assert len(read) - done <= 4
+
+
+@pytest.fixture(scope="module")
+def model_path(tiny_dataset, tmp_path_factory):
+    dataset = open_dataset(tiny_dataset)
+    config = NetworkConfig(
+        block="res", init_features=2, alpha=2, num_tags=len(dataset.tags),
+        num_samples=dataset.num_samples,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("model") / "res.keras"
+    save(path, Checkpoint(build_network(config), config, dataset.tags, dataset.sample_rate))
+    return path
+
+
+def test_a_clip_is_the_mean_of_its_segments(tiny_dataset, model_path):
+    """Clips of different lengths weigh as one clip each."""
+
+    dataset = open_dataset(tiny_dataset)
+    clips = list(read_clips(dataset.splits["test"].shards))
+    lengths = [len(clip.segments) for clip in clips]
+    assert len(set(lengths)) > 1
+    network = checkpoints.load(model_path).network
+    expected = np.array(
+        [network.predict_on_batch(clip.segments).mean(axis=0, dtype=np.float64) for clip in clips]
+    )
+    labels = np.array([clip.labels for clip in clips])
+    known = [tag for tag in range(labels.shape[1]) if len(set(labels[:, tag])) == 2]
+
+    for batch_size in (1, 4, 32):
+        tags, found, predictions, scores = eval_script.evaluate(
+            model_path, tiny_dataset, batch_size
+        )
+        assert tags == dataset.tags
+        assert [clip.clip_id for clip in found] == [clip.clip_id for clip in clips]
+        assert predictions.shape == (len(clips), len(tags))
+        np.testing.assert_allclose(predictions, expected, atol=1e-6)
+        assert scores.macro_roc_auc == pytest.approx(
+            roc_auc_score(labels[:, known], predictions[:, known], average="macro"), abs=1e-12
+        )
+        assert (~np.isnan(scores.roc_auc)).nonzero()[0].tolist() == known
+
+
+def test_evaluation_keeps_no_audio(tiny_dataset, model_path):
+    _, clips, _, _ = eval_script.evaluate(model_path, tiny_dataset)
+    for clip in clips:
+        assert clip.segments.nbytes == 0
+        assert clip.segments.base is None, "a view keeps the segments in memory"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"tags": ("calm",)}, "tag 0 is 'calm' in the model, but 'violin' in "),
+        ({"sample_rate": 16000}, "the model is for 16000 Hz, but .* has 22050"),
+        ({"num_samples": 60000}, "the model is for 60000 samples per segment, but .* has 59049"),
+        ({"num_tags": 4}, "the model is for 4 tags, but .* has 12"),
+    ],
+)
+def test_a_model_must_fit_the_dataset(tiny_dataset, tmp_path, changes, message):
+    dataset = open_dataset(tiny_dataset)
+    tags, rate = dataset.tags, changes.pop("sample_rate", 22050)
+    if "tags" in changes:
+        tags = changes.pop("tags") + tags[1:]
+    if "num_tags" in changes:
+        tags = tags[:4]
+    sizes = {"block": "basic", "init_features": 2, "num_tags": len(dataset.tags)}
+    config = NetworkConfig(**sizes | changes)
+    path = tmp_path / "model.keras"
+    save(path, Checkpoint(build_network(config), config, tags, rate))
+    if message is None:
+        assert load_for_dataset(path, dataset).tags == dataset.tags
+        return
+    with pytest.raises(UsageError, match=message):
+        load_for_dataset(path, dataset)
+
+
+def test_a_file_without_tags_takes_those_of_the_dataset(golden, tiny_dataset, tmp_path):
+    """The published program may have trained an .hdf5 on a dataset with 50 other tags."""
+    data_dir = tmp_path / "data"
+    shutil.copytree(tiny_dataset, data_dir)
+    manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
+    manifest["tags"] = [f"mood {number}" for number in range(50)]
+    (data_dir / "tfrecord" / "manifest.json").write_text(json.dumps(manifest))
+    path, said = golden / "checkpoints" / "se-multi.hdf5", []
+    loaded = load_for_dataset(path, open_dataset(data_dir), said.append)
+    assert loaded.tags == tuple(manifest["tags"])
+    assert said == [f"{path}: the file names no tags: using those of {data_dir}"]

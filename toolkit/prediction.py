@@ -1,0 +1,188 @@
+"""Predictions over clips: load a model, check that it fits the dataset, predict in batches."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from input_data import Clip, Dataset, read_clips
+from toolkit import backend, messages
+from toolkit.errors import UsageError
+from toolkit.models import checkpoints
+from toolkit.models.checkpoints import Checkpoint
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import keras
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def load_for_dataset(
+    model_path: str | Path, dataset: Dataset, say: Callable[[str], None] = messages.say
+) -> Checkpoint:
+    """Load a model to use with a dataset.
+
+    A file that names no tags gets those of the dataset, and a message says so.
+
+    Parameters
+    ----------
+    model_path : str or Path
+        Model file or a stage's folder (see `toolkit.models.checkpoints.load`).
+    dataset : Dataset
+        Dataset with which the model is used.
+    say : callable
+        Prints a message.
+
+    Raises
+    ------
+    CheckpointError
+        The file is not a model file.
+    UsageError
+        Segment length, sample rate or tags of the model and the dataset differ.
+    """
+    checkpoint = checkpoints.load(model_path)
+    if checkpoint.tags is None and checkpoint.config.num_tags == len(dataset.tags):
+        say(f"{model_path}: the file names no tags: using those of {dataset.path}")
+        checkpoint.tags = dataset.tags
+    for what, of_model, of_data in (
+        ("samples per segment", checkpoint.config.num_samples, dataset.num_samples),
+        ("Hz", checkpoint.sample_rate, dataset.sample_rate),
+        ("tags", checkpoint.config.num_tags, len(dataset.tags)),
+    ):
+        if of_model != of_data:
+            raise UsageError(
+                f"{model_path}: the model is for {of_model} {what}, but {dataset.path} has "
+                f"{of_data}: use a dataset and a model that belong together"
+            )
+    for number, (of_model, of_data) in enumerate(zip(checkpoint.tags, dataset.tags, strict=True)):
+        if of_model != of_data:
+            raise UsageError(
+                f"{model_path}: tag {number} is {of_model!r} in the model, but {of_data!r} in "
+                f"{dataset.path}: use a dataset and a model that belong together"
+            )
+    return checkpoint
+
+
+def compile_for_prediction(network: "keras.Model", block: str) -> None:
+    """Compile a network with or without XLA, whichever was measured to be faster."""
+    network.compile(jit_compile=backend.choose_jit("auto", block))
+
+
+def predict_split(
+    model: "keras.Model",
+    dataset: Dataset,
+    split: str,
+    batch_size: int,
+    doing: str,
+    share: tuple[int, int] = (0, 1),
+    after_batch: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Clip, list[np.ndarray]]]:
+    """Predict the clips of a split and show the progress.
+
+    Parameters
+    ----------
+    model : keras.Model
+        See `predict_clips`, also for what is yielded.
+    dataset : Dataset
+        Dataset that contains the split.
+    split : {'train', 'val', 'test'}
+        Split to predict.
+    batch_size : int
+        Segments per batch.
+    doing : str
+        Label of the progress bar.
+    share : (int, int)
+        Number of this process and number of processes, among which the shards are divided.
+    after_batch : callable
+        Called after each batch.
+    """
+    process, num_processes = share
+    found = dataset.splits[split]
+    shards = found.shards[process::num_processes]
+    clips = read_clips(shards, dataset.num_samples, len(dataset.tags))
+    return messages.progress(
+        predict_clips(model, clips, batch_size, after_batch),
+        total=found.num_clips if num_processes == 1 else None,
+        unit="clip", desc=doing, leave=False, disable=process > 0,
+    )  # fmt: skip
+
+
+def predict_clips(
+    model: "keras.Model",
+    clips: Iterable[Clip],
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Clip, list[np.ndarray]]]:
+    """Predict clips in batches that extend across clips.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Maps segments to one or several arrays with one row per segment.
+    clips : iterable of Clip
+        Clips with any number of segments; long ones in parts (see `input_data.read_clips`).
+    batch_size : int
+        Segments per batch. The last batch is padded with silence, so that a compiled model gets
+        only one shape.
+    after_batch : callable
+        Called after each batch.
+
+    Yields
+    ------
+    clip : Clip
+        In the given order, without segments: they are released when they are predicted.
+    outputs : list of np.ndarray [shape=(n_segments, n_features), dtype=float32]
+        Outputs of the model for all segments of the clip.
+    """
+    pending = deque()  # clip, number of its segments so far, outputs of each segment so far
+    batch = np.zeros((batch_size, model.input_shape[1]), np.float32)
+    owners = []  # the pending clip of each row of the batch
+
+    def flush() -> None:
+        outputs = model.predict_on_batch(batch)
+        outputs = [outputs] if not isinstance(outputs, list | tuple) else outputs
+        for row, owner in enumerate(owners):
+            owner[2].append([np.asarray(output[row], np.float32) for output in outputs])
+        owners.clear()
+        batch.fill(0)
+        after_batch()
+
+    for clip in clips:
+        if clip.part == 0:  # the clips before this one are complete
+            yield from _predicted(pending)
+            pending.append([replace(clip, segments=clip.segments[:0].copy()), 0, []])
+        owner = pending[-1]
+        owner[1] += len(clip.segments)
+        for segment in clip.segments:
+            batch[len(owners)] = segment
+            owners.append(owner)
+            if len(owners) == batch_size:
+                flush()
+    if owners:
+        flush()
+    yield from _predicted(pending)
+
+
+def _predicted(pending: deque) -> Iterator[tuple[Clip, list[np.ndarray]]]:
+    """Remove and yield the first clips whose segments are all predicted."""
+    while pending and len(pending[0][2]) == pending[0][1]:
+        clip, _, rows = pending.popleft()
+        yield clip, [np.stack(output) for output in zip(*rows, strict=True)]
+
+
+def clip_mean(outputs: np.ndarray) -> np.ndarray:
+    """Average a clip's outputs over its segments, in float64 so that close values stay ordered.
+
+    Parameters
+    ----------
+    outputs : np.ndarray [shape=(n_segments, n_features)]
+        Outputs of a clip, as `predict_clips` yields them.
+
+    Returns
+    -------
+    np.ndarray [shape=(n_features,), dtype=float64]
+    """
+    return outputs.mean(axis=0, dtype=np.float64)
