@@ -100,10 +100,16 @@ def written_by(data_dir, worker):
     return list((data_dir / "tfrecord").glob(f".*.{socket.gethostname()}.{worker.pid}.*.tmp"))
 
 
-def refusal_of(done):
-    """Return the only line of a build that failed, apart from a message that it waits."""
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
-    lines = done.stderr.splitlines(keepends=True)
+def line_of(messages):
+    """Return the only line of messages, apart from those about waiting for workers."""
+    lines = messages.splitlines(keepends=True)
     (line,) = (line for line in lines if "waiting for workers to join" not in line)
+    return line
+
+
+def refusal_of(done):
+    """Return the line of a build that failed."""
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    line = line_of(done.stderr)
     assert line.startswith("build_mtt.py: error: ")
     return line
