@@ -101,9 +101,13 @@ def written_by(data_dir, worker):
 
 
 def line_of(messages):
-    """Return the only line of messages, apart from those about waiting for workers."""
+    """Return the only line of messages, apart from waiting and progress on a busy machine."""
     lines = messages.splitlines(keepends=True)
-    (line,) = (line for line in lines if "waiting for workers to join" not in line)
+    (line,) = [
+        line
+        for line in lines
+        if "waiting for workers to join" not in line and not line.startswith("building: ")
+    ]
     return line
 
 
