@@ -11,8 +11,9 @@ from toolkit.data.annotations import (
     assign_shards,
     read_mtt,
     top_tags,
+    with_suffix,
 )
-from toolkit.errors import AnnotationsError
+from toolkit.errors import AnnotationsError, BuildError
 
 import numpy as np
 import pandas as pd
@@ -244,3 +245,16 @@ def test_any_content_is_read_or_refused_by_one_line(tmp_path_factory, noise, pla
     else:
         assert set(np.unique(clips[list(tags)])) <= {0, 1}
         assert set(clips["split"]) <= set(SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("paths", "suffix", "found"),
+    [
+        (["a.mp3", "a.wav"], ".low.mp3", "'.low.mp3': two clips become a.low.mp3"),
+        (["b/a.mp3"], "/../../a", "b/a.mp3 becomes 'b/a/../../a', which is not a path inside"),
+    ],
+)
+def test_suffix_that_gives_no_paths_is_refused(paths, suffix, found):
+    with pytest.raises(BuildError) as caught:
+        with_suffix(paths, suffix)
+    assert found in str(caught.value)

@@ -1,4 +1,4 @@
-"""Decoding: the published program's samples, bit for bit; one error for all that is not audio."""
+"""Decoding: the published program's samples, bit for bit; files that are damaged or not audio."""
 
 import functools
 import subprocess
@@ -26,7 +26,7 @@ NUM_SAMPLES = 59049
 
 
 def id3_picture():
-    """Make an ID3v2.3 tag with a cover, as record shops' MP3s have."""
+    """Make an ID3v2.3 tag with a cover picture."""
     body = b"\0image/png\0\3\0" + b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 8
     frame = b"APIC" + len(body).to_bytes(4, "big") + b"\0\0" + body
     size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
@@ -35,7 +35,7 @@ def id3_picture():
 
 @pytest.fixture(scope="module")
 def mp3(tmp_path_factory):
-    """A 5-second clip of MagnaTagATune's form."""
+    """A clip of 5 seconds in MagnaTagATune's format."""
     return encode_audio(tmp_path_factory.mktemp("audio") / "clip.mp3", synthesise(5))
 
 
@@ -105,14 +105,14 @@ def test_equals_madmom_on_an_mp3_with_a_cover(tmp_path, mp3):
 
 @pytest.mark.parametrize(("name", "codec"), [("a.ogg", "vorbis"), ("a.m4a", "aac")])
 def test_nearly_equals_madmom_where_releases_of_ffmpeg_differ(tmp_path, name, codec):
-    # The decoders of Vorbis and AAC add in floating point, in another order in each release of
-    # FFmpeg, and the installed program's is seldom PyAV's; 2**-24 is the last bit of a sample.
-    # Both channels are alike: FFmpeg 5 garbles a second channel coupled otherwise.
+    # The decoders of Vorbis and AAC add floats in an order that depends on the release of FFmpeg.
+    # 2**-24 is the last bit of a sample. Both channels are equal, because FFmpeg 5 garbles
+    # some coupled channels.
     assert_same_as_madmom(encode_float(tmp_path / name, codec), tolerance=2**-22)
 
 
 def wrecked(content):
-    """Overwrite all of an MP3's frames but the first five, and leave their headers."""
+    """Overwrite all frames of an MP3 except the first five, but not their headers."""
     content = bytearray(content)
     frames = [at for at in range(len(content) - 1) if content[at : at + 2] == b"\xff\xf3"]
     for start in frames[5:]:
@@ -121,13 +121,13 @@ def wrecked(content):
 
 
 def damaged(content):
-    """Overwrite an MP3's 60th to 62nd frame or so with noise."""
+    """Overwrite about three frames of an MP3 by noise."""
     start = len(content) // 3
     noise = np.random.default_rng(0).bytes(500)
     return content[:start] + noise + content[start + len(noise) :]
 
 
-def test_passes_over_damaged_frames_as_madmom_does(tmp_path):
+def test_damaged_frames_are_skipped_as_by_madmom(tmp_path):
     sound = encode_audio(tmp_path / "sound.mp3", synthesise(30))
     path = tmp_path / "damaged.mp3"
     path.write_bytes(damaged(sound.read_bytes()))
@@ -136,17 +136,16 @@ def test_passes_over_damaged_frames_as_madmom_does(tmp_path):
     assert not np.array_equal(samples, decode(sound))
     if madmom_is_missing():
         pytest.skip("madmom is not installed")
-    # madmom's cut at 29 s counts the frames that were lost, ours what was decoded: its samples
-    # are the same, and fewer by no more than was lost.
+    # For madmom the lost frames count towards the 29 s, so it returns the same samples but fewer.
     reference = decode(path, decoder="madmom")
     assert 29 * SAMPLE_RATE - 5 * 800 < len(reference) <= len(samples)
     np.testing.assert_array_equal(samples[: len(reference)], reference)
 
 
-# --- What is asked for ----------------------------------------------------------------------------
+# --- Options, pieces and levels -------------------------------------------------------------------
 
 
-def test_stop_and_sample_rate_are_obeyed(mp3):
+def test_stop_and_sample_rate(mp3):
     whole = decode(mp3, stop=None)
     assert 5 * SAMPLE_RATE <= len(whole) < 5.2 * SAMPLE_RATE
     np.testing.assert_array_equal(decode(mp3, stop=2.0), whole[: 2 * SAMPLE_RATE])
@@ -167,7 +166,7 @@ def test_stop_and_sample_rate_are_obeyed(mp3):
     ],
 )
 @pytest.mark.parametrize("num_gathered", [1, 10_000, 1 << 16])
-def test_audio_is_resampled_in_pieces_without_a_seam(
+def test_resampling_in_pieces_returns_the_same_samples(
     tmp_path, monkeypatch, name, sample_rate, channels, codec, num_gathered
 ):
     bit_rate = 64000 if codec == "libmp3lame" else None
@@ -186,7 +185,7 @@ def test_audio_is_resampled_in_pieces_without_a_seam(
 
 @pytest.mark.parametrize("difference", [-1, 0, 1])
 @pytest.mark.parametrize("num_pieces", [1, 2, 3])
-def test_a_file_that_ends_about_where_a_piece_does_is_whole(tmp_path, num_pieces, difference):
+def test_file_that_ends_near_the_end_of_a_piece_is_complete(tmp_path, num_pieces, difference):
     num_samples = num_pieces * audio._GATHERED_SAMPLES + difference
     samples = synthesise(num_samples / SAMPLE_RATE, SAMPLE_RATE)
     path = encode_audio(tmp_path / "a.wav", samples, SAMPLE_RATE, "pcm_s16le", None)
@@ -194,7 +193,7 @@ def test_a_file_that_ends_about_where_a_piece_does_is_whole(tmp_path, num_pieces
     np.testing.assert_array_equal(found, samples[:, 0] / np.float32(32768))
 
 
-def test_a_file_that_breaks_on_the_way_says_so_after_its_sound_pieces(tmp_path, mp3):
+def test_damage_late_in_a_file_is_raised_after_the_intact_pieces(tmp_path, mp3):
     path = tmp_path / "breaks.mp3"
     path.write_bytes(mp3.read_bytes() * 4 + wrecked(mp3.read_bytes()) * 12)
     pieces = decode_pieces(path, stop=None)
@@ -208,7 +207,7 @@ def test_a_file_that_breaks_on_the_way_says_so_after_its_sound_pieces(tmp_path, 
 
 @pytest.mark.parametrize(("channels", "level"), [(1, 0.5), (2, 0.5 * 2**0.5)])
 def test_tone_keeps_its_pitch_and_level(tmp_path, channels, level):
-    # Two channels are added at 1/sqrt(2) each, as by the published program: alike, they grow.
+    # Two channels are added at 1/sqrt(2) each, as in the published program.
     time = np.arange(3 * 44100) / 44100
     tone = np.round(16384 * np.sin(2 * np.pi * 1000 * time)).astype(np.int16)[:, np.newaxis]
     tone = np.repeat(tone, channels, axis=1)  # (n_samples, channels)
@@ -218,10 +217,10 @@ def test_tone_keeps_its_pitch_and_level(tmp_path, channels, level):
     np.testing.assert_allclose(np.abs(samples[1000:-1000]).max(), level, atol=0.005)
 
 
-# --- Whatever a file holds ----------------------------------------------------------------------
+# --- Unusual files ------------------------------------------------------------------------------
 
 
-def test_form_changes_on_the_way(tmp_path, mp3):
+def test_format_may_change_within_a_file(tmp_path, mp3):
     other = encode_audio(tmp_path / "other.mp3", synthesise(5, 44100, 2), 44100, bit_rate=128000)
     joined = tmp_path / "joined.mp3"
     joined.write_bytes(mp3.read_bytes() + other.read_bytes())
@@ -231,7 +230,7 @@ def test_form_changes_on_the_way(tmp_path, mp3):
     np.testing.assert_array_equal(samples[:first], decode(mp3)[:first])
 
 
-def test_truncated_mp3_gives_what_is_there(tmp_path, mp3):
+def test_truncated_mp3_is_decoded_up_to_its_end(tmp_path, mp3):
     content = mp3.read_bytes()
     path = tmp_path / "cut.mp3"
     path.write_bytes(content[: len(content) // 2])
@@ -259,14 +258,14 @@ _HELD = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("name", ["hours.mp3", "hours.wav"])
-def test_three_hours_take_the_memory_and_time_of_29_s(tmp_path, name):
+def test_three_hours_need_no_more_memory_than_29_s(tmp_path, name):
     short = encode_audio(tmp_path / "short.mp3", synthesise(30))
     hours = tmp_path / name
     if name.endswith(".mp3"):
         hours.write_bytes(short.read_bytes() * 360)
     else:
         encode_audio(hours, synthesise(30), 16000, "pcm_s16le", None)
-        # Silence after it, which takes no space on the disk, and sizes to match.
+        # Extend it by silence, as a sparse file.
         start, num_bytes = hours.read_bytes().index(b"data") + 8, 3 * 3600 * 32000
         with open(hours, "r+b") as file:
             file.truncate(start + num_bytes)
@@ -297,7 +296,7 @@ def test_video_gives_its_audio_track(tmp_path, name):
     assert 3.9 * SAMPLE_RATE < len(samples) < 4.2 * SAMPLE_RATE
 
 
-def test_odd_names_and_comments_are_no_obstacle(tmp_path, mp3, monkeypatch):
+def test_unusual_names_and_comments_are_accepted(tmp_path, mp3, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = decode(mp3)
     for name in ("a:b.mp3", "100%d.mp3", "-f.mp3", "dÄmmerung.mp3", "a\udce9.mp3", "a b?.mp3"):
@@ -345,7 +344,7 @@ def not_audio(kind, folder):
     ["missing", "folder", "long-name", "empty", "noise", "text", "null", "id3-only", "one-header",
      "one-sample", "video"],
 )  # fmt: skip
-def test_what_is_not_audio_is_refused_by_name(tmp_path, kind):
+def test_file_without_audio_is_refused_by_name(tmp_path, kind):
     path = not_audio(kind, tmp_path)
     with pytest.raises(AudioError) as caught:
         decode(path)
@@ -353,7 +352,7 @@ def test_what_is_not_audio_is_refused_by_name(tmp_path, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_one_sample_of_the_wanted_rate_is_audio(tmp_path):
+def test_one_sample_is_audio(tmp_path):
     one = np.array([[16384]], np.int16)
     path = encode_audio(tmp_path / "one.wav", one, SAMPLE_RATE, "pcm_s16le", None)
     np.testing.assert_array_equal(decode(path), [0.5])
@@ -367,14 +366,14 @@ def test_mostly_damaged_file_is_refused(tmp_path, mp3):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_damage_gives_samples_or_an_audio_error(tmp_path, mp3, seed):
+def test_any_damage_returns_samples_or_raises_an_audio_error(tmp_path, mp3, seed):
     random = np.random.default_rng(seed)
     suffix, codec = [(".mp3", "libmp3lame"), (".wav", "pcm_s16le"), (".flac", "flac")][seed % 3]
     whole = encode_audio(tmp_path / f"whole{suffix}", synthesise(2), codec=codec)
     for trial in range(6):
         content = bytearray(whole.read_bytes())
         for _ in range(random.integers(1, 30)):
-            # Headers, which stand at the front, are hit as often as the rest.
+            # Change headers, at the start, as often as the rest.
             place = int(random.integers(len(content)) ** random.uniform(0.3, 1))
             content[place : place + 3] = random.bytes(random.integers(0, 6))
         path = tmp_path / f"{trial}{suffix}"
@@ -395,7 +394,7 @@ def test_any_damage_gives_samples_or_an_audio_error(tmp_path, mp3, seed):
 @example(0, 1)
 @example(700, 700)
 @example(699, 700)
-def test_segments_are_consecutive_and_the_rest_is_dropped(num_samples, segment_length):
+def test_segments_are_consecutive_and_the_remainder_is_dropped(num_samples, segment_length):
     samples = np.arange(num_samples, dtype=np.float32)
     segments = cut_segments(samples, segment_length)
     assert segments.shape == (num_samples // segment_length, segment_length)
@@ -413,7 +412,7 @@ def test_segments_are_consecutive_and_the_rest_is_dropped(num_samples, segment_l
 @example([60], 60, None, 60)
 @example([60, 60], 60, None, 119)
 @example([10], 5, 20, 10)
-def test_segments_of_pieces_are_those_of_the_whole(lengths, num_samples, hop, part_samples):
+def test_segments_of_pieces_are_those_of_the_whole_file(lengths, num_samples, hop, part_samples):
     samples = np.arange(sum(lengths), dtype=np.float32)
     pieces = np.split(samples, np.cumsum(lengths)[:-1])
     with mock.patch.object(audio, "PART_SAMPLES", part_samples):
@@ -424,15 +423,15 @@ def test_segments_of_pieces_are_those_of_the_whole(lengths, num_samples, hop, pa
     expected = np.array(expected, np.float32).reshape(-1, num_samples)
     np.testing.assert_array_equal(cut_segments(samples, num_samples, hop), expected)
     np.testing.assert_array_equal(np.concatenate([expected[:0], *parts]), expected)
-    # Each part but the last is full, and holds no more samples than it may.
+    # Every part but the last is full, within the limit.
     assert all(len(part) == at_most for part in parts[:-1])
     assert all(0 < len(part) <= at_most for part in parts)
     span = (at_most - 1) * (hop or num_samples) + num_samples
     assert span <= max(part_samples, num_samples)
 
 
-def test_a_part_is_some_minutes():
-    """Test shards depend on it: of another number other records come."""
+def test_part_has_142_segments():
+    """The records of test shards depend on this number."""
     assert segments_per_part(NUM_SAMPLES) == 142
     assert segments_per_part(1 << 30) == 1
 

@@ -1,4 +1,4 @@
-"""Whole tracks: the same segments, however long, in memory that does not grow, in every stage."""
+"""Whole tracks: the same segments at any length, in bounded memory, in every stage."""
 
 import ast
 import json
@@ -12,9 +12,10 @@ from pathlib import Path
 import build_mtt
 import tag
 from input_data import open_dataset, read_clips
-from toolkit.data import audio
+from toolkit.data import audio, shards
 from toolkit.data.audio import cut_segments, decode
 from toolkit.data.manifest import read_manifest, shard_name
+from toolkit.data.shards import ShardTask, make_shard
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ SPLITS = ("train", "test")
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A folder of audio: short, long, and two that break on the way, one of them late."""
+    """A folder of audio files: short, long, and one that is damaged late."""
     folder = tmp_path_factory.mktemp("clips")
     sound = encode_audio(folder / "sound.mp3", synthesise(3)).read_bytes()
     encode_audio(folder / "long.mp3", synthesise(40, seed=1))
@@ -44,9 +45,7 @@ def task_of(path, audio_dir, names, split, **options):
         "sample_rate": 8000, "num_samples": 4000, "stop": None, "decoder": "av",
         "encoding": "float32",
     } | options  # fmt: skip
-    return build_mtt.ShardTask(
-        path=path, split=split, audio_dir=audio_dir, clips=members, **options
-    )
+    return ShardTask(path=path, split=split, audio_dir=audio_dir, clips=members, **options)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -56,7 +55,7 @@ def test_segments_are_those_of_the_whole_file(tmp_path, clips, monkeypatch, spli
     monkeypatch.setattr(audio, "_GATHERED_SAMPLES", 10_000)
     names = ["sound.mp3", "long.mp3", "sound.mp3"]
     path = tmp_path / shard_name(split, 0, 1)
-    entry = build_mtt.make_shard(task_of(path, clips, names, split))
+    entry = make_shard(task_of(path, clips, names, split))
     found = {}
     for clip in read_clips([path]):
         assert clip.segments.size <= max(part_samples, 4000)
@@ -70,23 +69,23 @@ def test_segments_are_those_of_the_whole_file(tmp_path, clips, monkeypatch, spli
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_clip_that_breaks_on_the_way_is_taken_back_whole(tmp_path, clips, monkeypatch, split):
+def test_clip_that_is_damaged_late_is_removed_completely(tmp_path, clips, monkeypatch, split):
     names = ["sound.mp3", "breaks.mp3", "long.mp3", "short.mp3", "breaks.mp3"]
     monkeypatch.setattr(audio, "PART_SAMPLES", 30_000)
     written = []
-    append = build_mtt.append_records
+    append = shards.append_records
     monkeypatch.setattr(
-        build_mtt, "append_records", lambda *given: (written.append(1), append(*given))
+        shards, "append_records", lambda *given: (written.append(1), append(*given))
     )
     (tmp_path / "all").mkdir()
     path = tmp_path / "all" / shard_name(split, 0, 1)
     task = task_of(path, clips, names, split)
-    entry = build_mtt.make_shard(task)
+    entry = make_shard(task)
     num_parts = len(written)
     sound = task_of(tmp_path / path.name, clips, names, split)
     sound.clips[:] = [clip for clip in task.clips if clip[1] in ("sound.mp3", "long.mp3")]
-    expected = build_mtt.make_shard(sound)
-    assert num_parts > len(written) - num_parts, "nothing had to be taken back"
+    expected = make_shard(sound)
+    assert num_parts > len(written) - num_parts, "no part had to be removed"
     assert path.read_bytes() == sound.path.read_bytes()
     skipped = entry.pop("skipped")
     assert expected.pop("skipped") == []
@@ -97,7 +96,7 @@ def test_clip_that_breaks_on_the_way_is_taken_back_whole(tmp_path, clips, monkey
 
 
 @pytest.mark.parametrize("hop", [None, 1500, 9000])
-def test_tags_of_a_file_in_parts_are_those_of_the_whole(clips, monkeypatch, hop):
+def test_tags_of_a_file_in_parts_are_those_of_the_whole_file(clips, monkeypatch, hop):
     checkpoint, refused = Levels(), []
     files = [clips / name for name in ("long.mp3", "breaks.mp3", "sound.mp3", "breaks.mp3")]
 
@@ -121,7 +120,7 @@ def test_tags_of_a_file_in_parts_are_those_of_the_whole(clips, monkeypatch, hop)
 
 
 class Levels:
-    """A checkpoint whose network gives the first three samples of each segment."""
+    """A checkpoint whose network returns the first three samples of each segment."""
 
     sample_rate = 8000
     input_shape = (None, 4000)
@@ -140,7 +139,7 @@ class Levels:
         return batch[:, :3].copy()
 
 
-def test_the_notebook_measures_the_level_of_a_long_clip_as_of_one(tmp_path, clips, monkeypatch):
+def test_notebook_measures_the_level_of_a_long_clip_over_its_parts(tmp_path, clips, monkeypatch):
     cells = json.loads((ROOT / "excitation_analysis.ipynb").read_text())["cells"]
     (source,) = ["".join(cell["source"]) for cell in cells if "def measure_levels" in
                  "".join(cell["source"])]  # fmt: skip
@@ -152,16 +151,18 @@ def test_the_notebook_measures_the_level_of_a_long_clip_as_of_one(tmp_path, clip
     monkeypatch.setattr(audio, "PART_SAMPLES", 30_000)
     path = tmp_path / "tfrecord" / shard_name("test", 0, 1)
     path.parent.mkdir()
-    build_mtt.make_shard(task_of(path, clips, names, "test"))
+    make_shard(task_of(path, clips, names, "test"))
     annotations = [["1", 1, 1, "0/a.mp3"]]
     write_annotations(tmp_path / "annotations_final.csv", annotations, ["a", "b"])
-    known = {"np": np, "clip_ids": ["0", "1", "2"], "all_labels": [[0, 1], [1, 1], [0, 1]]}
+    known = {"np": np}
     exec(compile(ast.Module([function], []), "notebook", "exec"), known)
     expected = []
     for name in names:
         segments = cut_segments(decode(clips / name, 8000, stop=None), 4000)
         expected.append(10 * np.log10(np.mean(np.square(segments, dtype=np.float64))))
-    np.testing.assert_allclose(known["measure_levels"](tmp_path), expected, rtol=1e-9)
+    levels, labels = known["measure_levels"](tmp_path)
+    np.testing.assert_allclose(levels, expected, rtol=1e-9)
+    assert np.array_equal(labels, [[0, 1], [1, 1], [0, 1]])
 
 
 # --- The option -----------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def data_dir(source, tmp_path):
     return Path(shutil.copytree(source, tmp_path / "dataset"))
 
 
-def test_stop_is_29_s_unless_it_is_said(data_dir, capsys):
+def test_stop_is_29_s_by_default(data_dir, capsys):
     assert build(data_dir) == 0
     manifest_path = data_dir / "tfrecord" / "manifest.json"
     manifest = read_manifest(manifest_path)
@@ -197,7 +198,7 @@ def test_stop_is_29_s_unless_it_is_said(data_dir, capsys):
     assert max(lengths) == 58
     expected = contents(data_dir)
 
-    # A build that does not say it was one of 29 s, which goes on.
+    # A build of an earlier version, which did not record the option, is resumed.
     del manifest["options"]["stop"]
     manifest_path.write_text(json.dumps(manifest))
     (data_dir / "tfrecord" / "train-0000-of-0001.tfrecord").unlink()
@@ -211,7 +212,7 @@ def test_stop_is_29_s_unless_it_is_said(data_dir, capsys):
 
 
 @pytest.mark.parametrize("stop", ["none", "2.25", "31.5"])
-def test_audio_is_cut_where_stop_says(data_dir, capsys, stop):
+def test_audio_is_cut_at_stop(data_dir, capsys, stop):
     assert build(data_dir, "--stop", stop) == 0
     dataset = open_dataset(data_dir)
     seconds = None if stop == "none" else float(stop)
@@ -292,9 +293,10 @@ def test_whole_tracks_go_through_every_stage(tmp_path):
     table = pd.read_parquet(excitations)
     clip_ids = [clip.clip_id for clip in found["test"] if clip.part == 0]
     assert list(predictions["clip_id"]) == clip_ids
-    assert list(table.loc[table["depth"] == 0, "clip_id"]) == clip_ids
+    first_block = table[table["depth"] == 0]
+    assert list(first_block.index.get_level_values("clip_id")) == clip_ids
 
-    # A long clip's prediction is the mean over all its parts, and what tag.py says of the file.
+    # The prediction of a long clip is the mean over all its parts, as tag.py computes it.
     (long,) = [clip for clip in found["test"] if clip.part == 1]
     of_file = run("tag.py", log / "0", data_dir / "mp3" / long.mp3_path, "--json")
     tagged = json.loads(of_file.stdout)
@@ -311,7 +313,8 @@ _MEASURED = """
     sys.path.insert(0, sys.argv[1])
     from pathlib import Path
     import numpy as np
-    import build_mtt, tag
+    import tag
+    from toolkit.data.shards import ShardTask, make_shard
     from toolkit.errors import AudioError
     from toolkit.prediction import predict_clips
     from input_data import open_dataset, read_clips
@@ -335,11 +338,11 @@ _MEASURED = """
 
     if what == "build":
         before = held()
-        task = build_mtt.ShardTask(
+        task = ShardTask(
             path=shard, split=split, audio_dir=path.parent, clips=[("1", path.name, bytes(50))],
             sample_rate=22050, num_samples=59049, stop=None, decoder="av", encoding="float32",
         )
-        num_segments = build_mtt.make_shard(task)["segments"]
+        num_segments = make_shard(task)["segments"]
     elif what == "read":
         before = held()
         ((clip, (outputs,)),) = predict_clips(Network(), read_clips([shard]))
@@ -354,7 +357,7 @@ _MEASURED = """
 
 
 def measure(what, path, split="none", shard="none"):
-    """Say how many segments a process handled, and how many MiB more it held for it at most."""
+    """Return the number of segments that a process handled, and the MiB that this added."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_MEASURED), ROOT, what, path, split, shard],
         capture_output=True, text=True, timeout=300,
@@ -365,7 +368,7 @@ def measure(what, path, split="none", shard="none"):
 
 @pytest.fixture(scope="module")
 def tracks(tmp_path_factory):
-    """Two minutes and an hour, whose samples are 10 and 318 MB."""
+    """Tracks of two minutes and an hour, with 10 and 318 MB of samples."""
     folder = tmp_path_factory.mktemp("tracks")
     minute = encode_audio(folder / "minute.mp3", synthesise(60)).read_bytes()
     (folder / "minutes.mp3").write_bytes(2 * minute)
@@ -376,7 +379,7 @@ def tracks(tmp_path_factory):
 def assert_bounded(of_minutes, of_hour):
     print(f"2 and 60 minutes: {of_minutes} and {of_hour} (segments, MiB)")
     assert of_hour[0] > 29 * of_minutes[0] > 29 * 40
-    # A few times the 32 MiB of a part; several hundred more were the hour held.
+    # A few times the 32 MiB of a part, but not the whole hour.
     assert of_hour[1] - of_minutes[1] < 280
 
 
@@ -384,10 +387,10 @@ def assert_bounded(of_minutes, of_hour):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("split", SPLITS)
 def test_an_hour_is_built_and_read_in_bounded_memory(tmp_path, tracks, split):
-    shards = [tmp_path / path.stem / shard_name(split, 0, 1) for path in tracks]
-    for shard in shards:
-        shard.parent.mkdir()
-    pairs = list(zip(tracks, shards, strict=True))
+    paths = [tmp_path / path.stem / shard_name(split, 0, 1) for path in tracks]
+    for path in paths:
+        path.parent.mkdir()
+    pairs = list(zip(tracks, paths, strict=True))
     assert_bounded(*(measure("build", path, split, shard) for path, shard in pairs))
     assert_bounded(*(measure("read", path, split, shard) for path, shard in pairs))
 

@@ -1,10 +1,10 @@
-"""Decoding audio files and cutting them into segments.
+"""Decode audio files and cut them into segments.
 
-A decoder turns a file into mono float32 samples at a given rate. ``av`` (PyAV) does it in
-process; ``madmom`` is the published program's, kept as the reference.
+A decoder converts a file to mono float32 samples at a given rate. ``av`` (PyAV) is the default;
+``madmom`` is the decoder of the published program, kept as the reference.
 
-However long a file is, little of it need be held at once: ``av`` decodes it piece by piece, and
-the pieces' segments come in parts.
+Memory does not grow with the length of a file: ``av`` decodes it in pieces, and segments are
+yielded in parts.
 """
 
 import sys
@@ -23,12 +23,12 @@ SAMPLES_PER_SEGMENT = 59049  # 3^10: 2.68 s at 22,050 Hz
 # MagnaTagATune's clips are 29.1 s long; the published program reads 29 s of each.
 CLIP_SECONDS = 29.0
 
-# The most samples of segments that are held together: 6 minutes at 22,050 Hz, and 34 MB. Test
-# shards are cut by it: other records come of another number.
+# Maximum samples per part: 6 minutes at 22,050 Hz, 34 MB. It determines how long clips are divided
+# into records of test shards, so a change changes the bytes of the shards.
 PART_SAMPLES = 1 << 23
 
-# What is held before resampling, in samples of the file: many frames, as calls into the library
-# cost, and no more than a core's cache holds, which is faster than a whole clip at once.
+# Samples to gather before resampling: many frames, to save calls into the library, but few enough
+# for a core's cache.
 _GATHERED_SAMPLES = 1 << 16
 
 
@@ -47,16 +47,16 @@ def decode(
     sample_rate : int
         Rate to resample to, in Hz.
     stop : float or None
-        Where to cut, in seconds from the start; None keeps everything.
+        Seconds to keep from the start; None keeps everything.
     decoder : {'av', 'madmom'}
-        Library to decode with; both give the same samples of a sound MP3, WAV or FLAC file. Damaged
-        packets are passed over by both, but 'madmom' cuts at `stop` as if they had been there.
+        Decoding library. Both return the same samples for an intact MP3, WAV or FLAC file. Both
+        skip damaged packets, but for 'madmom' these count towards `stop`.
 
     Returns
     -------
     np.ndarray [shape=(n_samples,), dtype=float32]
-        Samples, full scale being [-1, 1] (two channels that are alike come out sqrt(2) louder, as
-        the published program has it); at most ``stop * sample_rate`` of them.
+        At most ``stop * sample_rate`` samples; full scale is [-1, 1]. As in the published program,
+        two equal channels are sqrt(2) times as loud as one.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def decode_pieces(
     stop: float | None = CLIP_SECONDS,
     decoder: str = "av",
 ) -> Iterator[np.ndarray]:
-    """Decode an audio file to mono samples that come as they are decoded.
+    """Decode an audio file to mono samples in pieces.
 
     Parameters
     ----------
@@ -82,12 +82,12 @@ def decode_pieces(
     Yields
     ------
     np.ndarray [shape=(n_samples,), dtype=float32]
-        Consecutive samples: one after the other they are what `decode` returns.
+        Consecutive samples; their concatenation is what `decode` returns.
 
     Raises
     ------
     AudioError
-        As `decode`; where a file is damaged, perhaps only after some pieces.
+        As `decode`. For a damaged file it may be raised after some pieces.
     """
     path = Path(path)
     try:
@@ -111,7 +111,7 @@ def decode_pieces(
 
 
 def cut_segments(samples: np.ndarray, num_samples: int, hop: int | None = None) -> np.ndarray:
-    """Cut samples into segments and drop the rest.
+    """Cut samples into segments and drop the remainder.
 
     Parameters
     ----------
@@ -120,12 +120,12 @@ def cut_segments(samples: np.ndarray, num_samples: int, hop: int | None = None) 
     num_samples : int
         Length of a segment, in samples.
     hop : int or None
-        From the start of a segment to that of the next, in samples; None for `num_samples`.
+        Distance between the starts of two segments, in samples; None for `num_samples`.
 
     Returns
     -------
     np.ndarray [shape=(n_segments, num_samples)]
-        A read-only view of the samples; no segments where they are fewer than `num_samples`.
+        A read-only view of the samples; empty if there are fewer than `num_samples`.
     """
     if len(samples) < num_samples:
         return np.zeros((0, num_samples), samples.dtype)
@@ -133,14 +133,14 @@ def cut_segments(samples: np.ndarray, num_samples: int, hop: int | None = None) 
 
 
 def segments_per_part(num_samples: int, hop: int | None = None) -> int:
-    """Say how many segments are held together (see `cut_pieces`): one, however long it is."""
+    """Return the number of segments per part (see `cut_pieces`), at least one."""
     return max(1, 1 + (PART_SAMPLES - num_samples) // (hop or num_samples))
 
 
 def cut_pieces(
     pieces: Iterable[np.ndarray], num_samples: int, hop: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Cut samples that come in pieces into segments, as `cut_segments` does with all of them.
+    """Cut samples that arrive in pieces into the same segments as `cut_segments`.
 
     Parameters
     ----------
@@ -152,11 +152,11 @@ def cut_pieces(
     Yields
     ------
     np.ndarray [shape=(n_segments, num_samples)]
-        The next part: `segments_per_part` segments, the last part fewer; wherever pieces end.
+        The next part: `segments_per_part` segments, or fewer in the last part.
     """
     hop = hop or num_samples
     num_segments = segments_per_part(num_samples, hop)
-    # From a part's first sample to the next part's first one, or to its own end.
+    # From the first sample of a part to that of the next part, or to its own end.
     step = num_segments * hop
     span = max(step, step - hop + num_samples)
     gathered, num_gathered = [], 0
@@ -170,7 +170,7 @@ def cut_pieces(
         while len(samples) >= span:
             yield cut_segments(samples[: step - hop + num_samples], num_samples, hop)
             samples = samples[step:]
-        gathered.append(samples.copy())  # a view would hold them all
+        gathered.append(samples.copy())  # a view would keep all samples in memory
         num_gathered = len(samples)
     if num_gathered >= num_samples:
         samples = gathered[0] if len(gathered) == 1 else np.concatenate(gathered)
@@ -181,17 +181,16 @@ def _decode_av(path: Path, sample_rate: int, stop: float | None) -> Iterator[np.
     import av
 
     try:
-        # Named as a file, or "a:b.mp3" would be taken for a protocol; and a comment that is not
-        # UTF-8 is no reason to refuse the samples.
+        # Without "file:", "a:b.mp3" would be parsed as a protocol. Comments need not be UTF-8.
         with av.open(f"file:{path}", metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise AudioError(f"{path}: no audio stream")
             frames = _decoded_frames(container, path, stop)
-            # A stream may change its form on the way; each part has its own resampler.
+            # The format may change within a stream; each part has its own resampler.
             for _, part in groupby(frames, lambda f: (f.sample_rate, f.layout.name, f.format.name)):
                 resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
-                # Gathering the decoded frames and resampling many in one call gives the same
-                # samples as frame by frame and costs far fewer calls into the library.
+                # Resampling many frames in one call returns the same samples as frame by frame
+                # and is faster.
                 fifo = av.AudioFifo()
                 for frame in part:
                     frame.pts = None
@@ -210,7 +209,7 @@ def _samples(frames: list) -> np.ndarray:
 
 
 def _decoded_frames(container, path: Path, stop: float | None):
-    """Yield an audio stream's frames, passing over damaged ones as the ``ffmpeg`` program does."""
+    """Yield the frames of an audio stream; skip damaged packets like the program ``ffmpeg``."""
     import av
 
     num_good = num_bad = 0
@@ -225,10 +224,10 @@ def _decoded_frames(container, path: Path, stop: float | None):
         for frame in frames:
             yield frame
             seconds += frame.samples / frame.sample_rate
-        # A second more than is asked for, since the resampler's filter looks ahead.
+        # Decode one more second, since the resampler's filter looks ahead.
         if stop is not None and seconds >= stop + 1:
             break
-    if num_bad > 2 * num_good:  # where that program gives up too
+    if num_bad > 2 * num_good:  # the limit of ffmpeg
         raise AudioError(f"{path}: {num_bad} of {num_good + num_bad} audio packets are damaged")
 
 
@@ -238,14 +237,14 @@ def _decode_madmom(path: Path, sample_rate: int, stop: float | None) -> Iterator
         signal = madmom_signal.Signal(
             str(path), sample_rate=sample_rate, dtype=np.float32, stop=stop, num_channels=1
         )
-    except Exception as error:  # madmom lets its programs' failures out as several types
+    except Exception as error:  # madmom raises several types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AudioError(f"{path}: cannot be decoded: {reason}") from None
     yield np.asarray(signal)
 
 
 def import_madmom():
-    """Import ``madmom.audio.signal``, which predates Python 3.10 and NumPy 1.24.
+    """Import ``madmom.audio.signal``, which was written for Python < 3.10 and NumPy < 1.24.
 
     Raises
     ------
@@ -255,7 +254,7 @@ def import_madmom():
     import collections
     import collections.abc
 
-    # madmom 0.16.1 uses these names at import; nothing else here sees them.
+    # Removed names that madmom 0.16.1 uses at import.
     replaced = {
         (collections, "MutableSequence"): collections.abc.MutableSequence,
         (np, "float"): float,
@@ -266,11 +265,12 @@ def import_madmom():
         setattr(module, name, value)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what madmom is made of, which no user can mend
+            warnings.simplefilter("ignore")  # deprecations in madmom, which no user can fix
             from madmom.audio import signal
     except ImportError as error:
         raise UsageError(
             f"--decoder madmom: madmom cannot be imported ({error}): install it as "
-            "requirements/madmom.txt says, or use --decoder av, which gives the same samples"
+            "described in requirements/madmom.txt, or use --decoder av, which returns the same "
+            "samples"
         ) from None
     return signal

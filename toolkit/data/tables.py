@@ -109,6 +109,10 @@ class _Table:
         place = self.header.index(column)
         return [row.fields[place] for row in self.rows]
 
+    def matching(self, *names: str) -> list[str]:
+        """Return the columns that have one of these names, in any case."""
+        return [column for column in self.header if column.casefold() in names]
+
     def named(self, column: str, flag: str) -> str:
         """Return a column that an option names; raise UsageError if it does not exist."""
         if column not in self.header:
@@ -166,12 +170,12 @@ def read_tables(
         return *read_mtt(paths[0], num_tags), [f"{paths[0]}: read as MagnaTagATune's table"]
 
     path_column = _find_path_column(table, form)
-    id_column = next((name for name in table.header if name.casefold() == CLIP_ID), None)
+    id_column = next(iter(table.matching(CLIP_ID)), None)
     _check_paths(table, path_column)
     if id_column:
         _check_unique(table, id_column, table.values(id_column))
-    split_columns = [name for name in table.header if name.casefold() == SPLIT_COLUMN]
-    no_tags = {path_column, id_column, form.split_by, form.split_column, *split_columns, ""}
+    split_columns = [form.split_by, form.split_column, *table.matching(SPLIT_COLUMN)]
+    no_tags = {path_column, id_column, *split_columns, ""}
     lists, tag_columns, notes = _find_tags(table, no_tags, form)
 
     # Sorted, so that the order of tags with equal counts does not depend on the order of rows.
@@ -261,7 +265,7 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
 def _find_path_column(table: _Table, form: TableForm) -> str:
     if form.path_column:
         return table.named(form.path_column, "--path-column")
-    found = [name for name in table.header if name.casefold() in PATH_COLUMNS]
+    found = table.matching(*PATH_COLUMNS)
     if len(found) != 1:
         what = "several columns of paths" if found else "no column of paths"
         raise UsageError(
@@ -295,23 +299,12 @@ def _check_unique(table: _Table, column: str, values: list[str]) -> None:
 def _find_tags(
     table: _Table, no_tags: Collection[str | None], form: TableForm
 ) -> tuple[list[set[str]], list[str], list[str]]:
-    """Find the tags of each row.
-
-    Returns
-    -------
-    lists : list of set of str
-        Tags of each row.
-    columns : list of str
-        Columns of 0 and 1 in the table's order; empty if the tags are lists.
-    notes : list of str
-        Where the tags were found, and further notes for the user.
-    """
+    """Return the tags of each row, the columns of 0 and 1 (none for lists), and notes."""
     if form.tags_column:
         column = table.named(form.tags_column, "--tags-column")
         return _read_lists(table, column, form.tags_delimiter)
-    for column in table.header:
-        is_list = column.casefold() == TAGS_COLUMN and column not in no_tags
-        if is_list and not set(table.values(column)) <= {"0", "1"}:
+    for column in table.matching(TAGS_COLUMN):
+        if column not in no_tags and not set(table.values(column)) <= {"0", "1"}:
             return _read_lists(table, column, form.tags_delimiter)
     if form.tags_delimiter:
         raise UsageError("--tags-delimiter: give the column of the lists by --tags-column")
@@ -333,11 +326,9 @@ def _read_columns(
             unused.append(column)
             continue
         if invalid:
-            raise table.rows[invalid[0]].error(
-                column,
-                f"found {values[invalid[0]]!r}, expected 0 or 1 (remove the column if it is not a "
-                "tag)",
-            )
+            expected = "expected 0 or 1 (remove the column if it is not a tag)"
+            row, value = table.rows[invalid[0]], values[invalid[0]]
+            raise row.error(column, f"found {value!r}, {expected}")
         columns.append(_checked_tag(column, _Row(table.rows[0].path, 1, []), column))
         for row_tags, value in zip(lists, values, strict=True):
             if value == "1":
@@ -373,11 +364,8 @@ def _read_lists(
         if value.startswith("[") and value.endswith("]"):
             raise row.error(column, f"found {value[:40]!r}, expected only tags, such as rock,slow")
         if is_spread and table.delimiter in value:
-            raise row.error(
-                column,
-                f"{value[:40]!r} is a list, but other rows continue in further columns: use one "
-                "form",
-            )
+            reason = "is a list, but other rows continue in further columns: use one form"
+            raise row.error(column, f"{value[:40]!r} {reason}")
         fields = row.fields[place:] if is_spread else value.split(delimiter)
         tags = {field.strip() for field in fields} - {""}
         lists.append({_checked_tag(tag, row, column) for tag in tags})
@@ -406,7 +394,7 @@ def _find_splits(
     split_of = {path: _split_in_name(path) for path in {row.path for row in table.rows}}
     if len(split_of) > 1 and all(split_of.values()):
         return [split_of[row.path] for row in table.rows], "the split is in the tables' names"
-    columns = [name for name in table.header if name.casefold() == SPLIT_COLUMN]
+    columns = table.matching(SPLIT_COLUMN)
     if len(columns) == 1:
         return _read_splits(table, columns[0])
     raise UsageError(
