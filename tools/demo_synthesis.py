@@ -66,7 +66,7 @@ Drums = tuple[tuple[Drum, str], ...]
 
 @dataclass(frozen=True)
 class Instrument:
-    """A sound, and which notes it plays."""
+    """A sound and its notes."""
 
     sound: String | Tone | Drums
     # Scale degrees relative to the chord of the bar. The groups are played in turn, the notes of a
@@ -82,7 +82,7 @@ class Instrument:
 
 @dataclass(frozen=True)
 class Score:
-    """What all instruments of a clip share."""
+    """Key, chords and beat of a clip."""
 
     root: int  # MIDI pitch
     scale: tuple[int, ...]  # semitones above the root
