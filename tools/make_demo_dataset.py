@@ -17,12 +17,11 @@ for any number of workers. Existing files are overwritten.
 
 import argparse
 import csv
-import dataclasses
 import io
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from toolkit import cli, messages
@@ -113,7 +112,7 @@ def plan_clips(num_clips: int = Options.clips, seed: int = Options.seed) -> list
     clips = []
     for index, clip_id in enumerate(clip_ids):
         folder, recipe = placed[index]
-        recipe = dataclasses.replace(
+        recipe = replace(
             recipe,
             tempo=recipe.tempo or str(random.choice(list(demo_recipes.TEMPOS))),
             level=recipe.level or str(random.choice(list(demo_recipes.LEVELS))),
@@ -255,7 +254,7 @@ def make_demo_dataset(options: Options) -> list[Clip]:
 
 
 def _write_mp3(task: tuple[Path, Clip], count: Callable[[], None]) -> str:
-    """Write a clip in a worker process; return its path in the dataset."""
+    """Write a clip in a worker process; return its path, because a result must not be None."""
     path, clip = task
     write_atomically(path, encode_mp3(synthesise_clip(clip)))
     return clip.mp3_path
