@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m tools.make_demo_dataset --out $(DEMO)/dataset
 	$(BIN)/python build_mtt.py --data-dir $(DEMO)/dataset
 	$(BIN)/python train.py --data-dir $(DEMO)/dataset --train-dir $(DEMO)/log \
-	  --init-features 16 --lr 0.05 --num-lr-decays 2 --max-epochs 10 --patience 6
+	  --init-features 16 --batch-size 10 --lr 0.05 --num-lr-decays 2 --max-epochs 5 --patience 4
 	$(BIN)/python eval.py $(DEMO)/log/1 --data-dir $(DEMO)/dataset --report $(DEMO)/report
 	$(BIN)/python extract_excitations.py $(DEMO)/log/1 --data-dir $(DEMO)/dataset \
 	  --out $(DEMO)/excitations.pkl

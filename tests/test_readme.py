@@ -25,7 +25,7 @@ PROGRAMS = {"cat", "curl", "jupyter", "make", "mkdir", "mv", "python", "python3"
 SMALLER = {
     "--out demo/dataset": "--out demo/dataset --clips 32",
     "--init-features 16": "--init-features 4",
-    "--max-epochs 10": "--max-epochs 1",
+    "--max-epochs 5": "--max-epochs 1",
 }
 
 

@@ -18,8 +18,7 @@ class StopRequest:
         """Raise `Interrupted` if a signal has arrived."""
         if self.signal_number is not None:
             raise Interrupted(
-                f"stopped by {signal.Signals(self.signal_number).name}: run the same command "
-                "again to resume",
+                f"stopped by {signal.Signals(self.signal_number).name}: run the same command again",
                 self.signal_number,
             )
 

@@ -285,7 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--json",
         action="store_true",
-        help="print seconds, bytes and counts as JSON (default: a table)",
+        help="print seconds, bytes and counts as JSON instead of a table (default: off)",
     )
     return cli.add_general(parser)
 
