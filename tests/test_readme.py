@@ -150,7 +150,7 @@ def test_files_named_in_prose_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page):
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     in_prose = [span.split() for span in spans(page) if span.startswith("make ")]
     for words in shell_commands(page) + in_prose:
         if words[0] == "make":
