@@ -1,4 +1,4 @@
-"""Builds of a quick dataset in this process or their own, and what tests ask about them."""
+"""Start builds of a small dataset, in this process or in a new one, and inspect the results."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import pytest
 from conftest import encode_audio, synthesise, write_dataset
 
 SCRIPT = Path(build_mtt.__file__)
-# Segments of half a second, in 12 shards; 3 of the 24 clips are skipped.
+# The segments are half a second long. There are 12 shards; 3 of the 24 clips are skipped.
 OPTIONS = ["--sample-rate", "8000", "--num-samples", "4000", "--num-audios-per-shard", "2"]
 OPTIONS += ["--max-skipped", "20"]
 SHARDS = {
@@ -49,18 +49,18 @@ def build(data_dir, *options):
 
 
 def run(data_dir, *options, **how):
-    """Build in a process of its own."""
+    """Build in a new process."""
     return subprocess.run(
         command(data_dir, *options), capture_output=True, text=True, timeout=120, **how
     )
 
 
 def start(data_dir, *options):
-    """Start a build in its own session, so that all of its processes can be killed."""
+    """Start a build in a new session, so that all of its processes can be killed."""
     return subprocess.Popen(
         command(data_dir, *options),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # Background processes of a shell inherit that SIGINT is ignored.
+        # Background processes of a shell ignore SIGINT; restore the default.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
@@ -75,7 +75,7 @@ def refusal(capsys, data_dir, *options, status=1):
 
 
 def contents(data_dir):
-    """Return all files that a finished build leaves, by name."""
+    """Return the content of all files that a finished build leaves, by name."""
     folder = data_dir / "tfrecord"
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
@@ -85,7 +85,7 @@ def shards_in(data_dir):
 
 
 def fill_disk(disk, room):
-    """Fill a disk except for some bytes; return the file that takes the space."""
+    """Fill a disk except for `room` bytes; return the file that takes the space."""
     filler = disk / "filler"
     with contextlib.suppress(OSError), open(filler, "wb") as file:
         while True:

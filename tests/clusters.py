@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 from builds import start
 
-# Preload of a worker that takes time to flush each file.
+# A preload module of workers, which delays the flush of each file.
 SLOW = """
 import os, time
 def fsync(file, flush=os.fsync):
@@ -21,7 +21,7 @@ os.fsync = fsync
 
 
 class Cluster:
-    """A scheduler, and workers that tests add and kill."""
+    """A scheduler, to which tests add workers."""
 
     def __init__(self, folder, stack):
         self.folder = folder
@@ -29,7 +29,7 @@ class Cluster:
         (folder / "elsewhere").mkdir()
         where = folder / "scheduler.json"
         options = ["--port", "0", "--host", "127.0.0.1", "--scheduler-file", str(where)]
-        # Workers without a heartbeat for 4 s are considered dead.
+        # The scheduler considers workers dead after 4 s without a heartbeat.
         self.scheduler = self.start(
             "scheduler", *options, "--no-dashboard", DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="4s"
         )
@@ -49,7 +49,7 @@ class Cluster:
         return process
 
     def add_worker(self, preload="", before=(), num_threads=1):
-        """Start a worker that runs some code first, possibly by another command."""
+        """Start a worker that first runs the code `preload`, as an argument of the command `before`."""
         path = self.folder / f"preload_{time.monotonic_ns()}.py"
         path.write_text(preload)
         return self.start(
@@ -101,7 +101,7 @@ def written_by(data_dir, worker):
 
 
 def line_of(messages):
-    """Return the only line of messages, apart from waiting and progress on a busy machine."""
+    """Return the only line of messages, except messages about waiting and progress."""
     lines = messages.splitlines(keepends=True)
     (line,) = [
         line
@@ -112,7 +112,7 @@ def line_of(messages):
 
 
 def refusal_of(done):
-    """Return the line of a build that failed."""
+    """Run a build that fails, and return its error line."""
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     line = line_of(done.stderr)
     assert line.startswith("build_mtt.py: error: ")

@@ -25,7 +25,7 @@ CLIP_SECONDS = (4, 6, 4, 9)  # 1, 2, 1 and 3 segments of 59,049 samples at 22,05
 
 
 def synthesise(seconds, sample_rate=16000, channels=1, tags=(0,), seed=0):
-    """Mix one tone per tag with noise: int16 [shape=(n_samples, channels)]."""
+    """Mix one tone per tag with noise; return int16 samples [shape=(n_samples, channels)]."""
     random = np.random.default_rng(seed)
     time = np.arange(round(seconds * sample_rate)) / sample_rate
     mix = random.normal(0, 0.02, (len(time), channels))
@@ -36,7 +36,7 @@ def synthesise(seconds, sample_rate=16000, channels=1, tags=(0,), seed=0):
 
 
 def encode_audio(path, samples, sample_rate=16000, codec="libmp3lame", bit_rate=32000):
-    """Write int16 samples [shape=(n_samples, channels)]; the suffix selects the format."""
+    """Encode int16 samples [shape=(n_samples, channels)] in the format of the file name."""
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[samples.shape[1]]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=sample_rate, layout=layout)
@@ -82,11 +82,12 @@ def add_picture(container):
 
 
 def write_dataset(data_dir, num_clips=24, seconds=CLIP_SECONDS):
-    """Write annotations_final.csv and mp3/ with short clips: each tag is a tone."""
+    """Write annotations_final.csv and mp3/ with short clips, in which each tag is a tone."""
     rows = []
     for clip in range(num_clips):
         folder = FOLDERS[clip]
-        # Tags 0-2 on every second clip, 3-5 on every third, and so on; the last one only in train.
+        # Every second clip has tags 0 to 2, every third has 3 to 5, and so on; only training clips have
+        # the last tag.
         tags = [tag for tag in range(len(TAGS)) if (clip + tag) % (tag // 3 + 2) == 0]
         if folder not in "0123456789ab":
             tags = [tag for tag in tags if tag != len(TAGS) - 1]
@@ -109,7 +110,7 @@ def write_annotations(path, rows, tags=TAGS):
 
 @contextmanager
 def opened(path):
-    """Yield a function that returns whether any process has opened a file since the last call."""
+    """Yield a function that returns whether any process opened a file since its last call."""
     libc = ctypes.CDLL(None)
     watch = libc.inotify_init1(os.O_NONBLOCK)
     try:
@@ -131,7 +132,7 @@ def opened(path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB, for tests of full disks; mounting one needs root."""
+    """Mount a file system of 3 MB for tests of full disks; needs root."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
@@ -147,7 +148,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder with output of the published program."""
+    """Return the folder with output of the published program."""
     return GOLDEN
 
 
@@ -161,7 +162,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
-    """A dataset of 24 quick clips without shards, three of which are skipped (see `builds`)."""
+    """Write 24 short clips, three of which are skipped, without shards (see `builds`)."""
     from builds import write_source
 
     return write_source(tmp_path_factory.mktemp("source"))
@@ -169,13 +170,13 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def data_dir(source, tmp_path) -> Path:
-    """A copy of `source` that a test may build and change."""
+    """Copy `source` for a test that builds or changes the dataset."""
     return Path(shutil.copytree(source, tmp_path / "dataset"))
 
 
 @pytest.fixture(scope="session")
 def finished(source, tmp_path_factory):
-    """An uninterrupted build of `source`: its folder and its messages."""
+    """Build `source` without interruption; return the folder and the messages."""
     from builds import run
 
     data_dir = Path(shutil.copytree(source, tmp_path_factory.mktemp("finished") / "dataset"))

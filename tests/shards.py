@@ -1,4 +1,4 @@
-"""Small shards of random clips, written with and without a manifest."""
+"""Write small shards of random clips, with and without a manifest."""
 
 from input_data import Clip
 from toolkit.data.manifest import shard_name

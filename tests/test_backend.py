@@ -31,7 +31,7 @@ def test_import_quietly_discards_log_output_but_not_failures(tmp_path, monkeypat
     assert capfd.readouterr().err == "still there\n"
 
 
-def test_an_unknown_backend_is_one_line(golden):
+def test_an_unknown_backend_is_an_error_of_one_line(golden):
     model = golden / "checkpoints" / "basic-multi.hdf5"
     done = subprocess.run(
         [sys.executable, str(ROOT / "eval.py"), str(model), "--data-dir", str(golden)],
@@ -51,7 +51,7 @@ def test_an_unknown_backend_is_one_line(golden):
         ("", '{"backend": "jax"}', "jax", "requirements/backends.txt"),
     ],
 )
-def test_a_missing_backend_is_named_with_its_requirements(
+def test_the_error_of_a_missing_backend_names_its_requirements_file(
     tmp_path, monkeypatch, variable, settings, missing, requirements
 ):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""What scripts share: options and their help, argument types, errors and exit status."""
+"""The command line of all scripts: options, help, argument types, errors and exit status."""
 
 import argparse
 import dataclasses
@@ -45,7 +45,7 @@ def program(monkeypatch):
 
 
 @pytest.mark.parametrize(("result", "exit_status"), [(None, 0), (0, 0), (3, 3)])
-def test_stage_says_the_exit_status(capsys, result, exit_status):
+def test_the_result_of_a_stage_is_the_exit_status(capsys, result, exit_status):
     assert run(lambda arguments: result) == exit_status
     assert capsys.readouterr() == ("", "")
 
@@ -72,7 +72,7 @@ def test_error_is_one_line_and_an_exit_status(capsys, error, exit_status, messag
 
 
 class ResourceExhaustedError(Exception):
-    """As TensorFlow names its own."""
+    """An exception with the name of TensorFlow's."""
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ class ResourceExhaustedError(Exception):
         RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"),
     ],
 )
-def test_no_memory_is_one_line_that_says_what_to_lower(capsys, error):
+def test_out_of_memory_is_one_line_that_names_the_option_to_reduce(capsys, error):
     for option, words in {
         "--batch-size": "out of memory: try a smaller --batch-size (now 23)",
         "--num-workers": "out of memory: try a smaller --num-workers (now 23)",
@@ -107,7 +107,7 @@ def test_no_memory_is_one_line_that_says_what_to_lower(capsys, error):
         ("numpy", "import numpy as np; np.ones((10**7, 10**7))"),
     ],
 )
-def test_the_backends_own_errors_of_memory_are_told(module, use):
+def test_out_of_memory_errors_of_each_backend_are_recognised(module, use):
     pytest.importorskip(module)
     program = (
         "import sys\nfrom toolkit import backend, cli\n"
@@ -126,12 +126,12 @@ def test_the_backends_own_errors_of_memory_are_told(module, use):
            "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    *talk, last = done.stderr.splitlines()
+    *earlier, last = done.stderr.splitlines()
     assert last == "thing.py: error: out of memory: try a smaller --batch-size (now 8)"
-    assert not any("Traceback" in line for line in talk)
+    assert not any("Traceback" in line for line in earlier)
 
 
-def test_every_error_of_ours_has_an_exit_status():
+def test_every_error_of_the_toolkit_has_an_exit_status():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert all(issubclass(kind, ToolkitError) for kind in kinds)
     assert {kind.exit_status for kind in kinds} == {1, 2}
@@ -146,12 +146,12 @@ def test_verbose_shows_the_traceback_before_the_line(capsys):
     assert err.endswith("thing.py: error: x: damaged\n")
 
 
-def test_bugs_are_not_hidden():
+def test_unexpected_exceptions_are_not_hidden():
     with pytest.raises(ZeroDivisionError):
         run(lambda arguments: 1 // 0)
 
 
-def test_reader_that_left_is_no_complaint():
+def test_closed_stdout_is_not_an_error_message():
     program = (
         "import sys\nfrom toolkit import backend, cli\n"
         "def stage(arguments):\n"
@@ -192,14 +192,14 @@ def test_help_has_groups_and_examples_that_parse(script):
             parser.parse_args(words[1 + len(command) :])
         except SystemExit:
             pytest.fail(f"{script} --help: {shlex.join(words)}: these options are not accepted")
-    # argparse's own groups contain what no group was named for.
+    # The default groups of argparse contain the options that were added without a group.
     titles = re.findall(r"^(\S.*):$", options, re.MULTILINE)
     assert not {"options", "optional arguments", "positional arguments"} & set(titles)
     assert titles[-1] == "general" and len(titles) >= 2
 
 
 def parsers(parser):
-    """Yield a parser and those of its subcommands."""
+    """Yield a parser and the parsers of its subcommands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -1,4 +1,4 @@
-"""eval.py: what it prints, writes and refuses."""
+"""eval.py: printed scores, reports, comparisons and errors."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def run_eval(*arguments, cwd=ROOT):
     )  # fmt: skip
 
 
-def test_scores_and_report(tiny_dataset, model_path, tmp_path):
+def test_scores_are_printed_and_written_to_the_report(tiny_dataset, model_path, tmp_path):
     report = tmp_path / "deep" / "report"
     done = run_eval(model_path, "--data-dir", tiny_dataset, "--report", report, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -120,7 +120,7 @@ def make_untrained_model(path, dataset, seed):
     return path
 
 
-def test_comparison(tiny_dataset, tmp_path, capsys):
+def test_models_are_compared_with_the_first(tiny_dataset, tmp_path, capsys):
     dataset = open_dataset(tiny_dataset)
     one, other = (
         make_untrained_model(tmp_path / name / "m.keras", dataset, seed)
@@ -174,7 +174,7 @@ def test_comparison(tiny_dataset, tmp_path, capsys):
     assert image.shape[1] == 830 and image.std() > 0.01
 
 
-def test_models_are_compared_without_a_report_too(tiny_dataset, model_path, tmp_path, capsys):
+def test_models_are_also_compared_without_a_report(tiny_dataset, model_path, tmp_path, capsys):
     command = [str(model_path)] * 2 + ["--data-dir", str(tiny_dataset)]
     assert eval_script.main(command) == 0
     out = capsys.readouterr().out.splitlines()
@@ -194,13 +194,13 @@ def test_models_are_compared_without_a_report_too(tiny_dataset, model_path, tmp_
         (["se-auc_0.9111-tfrmodel.hdf5", "../0.9113"], ["se-auc_0.9111-tfrmodel", "0.9113"]),
     ],
 )
-def test_models_are_named_by_what_tells_them_apart(paths, names):
+def test_models_are_named_by_the_parts_of_their_paths_that_differ(paths, names):
     found = reports.model_names(paths)
     assert [name.replace(os.sep, "-") for name in found] == names
 
 
 def published_shards(golden, data_dir):
-    """The shards of the published program, with its training shard as validation too."""
+    """Copy the published shards, with the training shard also as validation shard."""
     folder = data_dir / "tfrecord"
     folder.mkdir(parents=True)
     for path in (golden / "tfrecord").glob("*.tfrecord"):
@@ -209,25 +209,25 @@ def published_shards(golden, data_dir):
     return data_dir
 
 
-def test_published_model_on_published_shards(golden, tmp_path):
+def test_published_model_gives_published_predictions_on_published_shards(golden, tmp_path):
     data_dir = published_shards(golden, tmp_path / "data")
     model = golden / "checkpoints" / "se-multi.hdf5"
     tags, clips, predictions, scores = eval_script.evaluate(model, data_dir)
     expected = np.load(golden / "expected.npz")["se-multi/predictions"][10:]
     assert (len(clips), len(tags)) == (1, 50)
     np.testing.assert_allclose(predictions[0], expected.mean(axis=0), atol=1e-5)
-    assert np.isnan(scores.macro_roc_auc)  # one clip has no two classes
+    assert np.isnan(scores.macro_roc_auc)  # one clip does not have both classes of a tag
 
 
 def published_stage(golden, folder, name="se-multi"):
-    """A stage's folder of the published program, with a better and a worse checkpoint."""
+    """Write a published stage folder with two checkpoints; the better one is `name`."""
     folder.mkdir(parents=True)
     shutil.copy(golden / "checkpoints" / "basic-nomulti.hdf5", folder / "ckpt-e009-l0.1611.hdf5")
     shutil.copy(golden / "checkpoints" / f"{name}.hdf5", folder / "ckpt-e012-l0.1538.hdf5")
     return folder
 
 
-def test_published_log_folder_with_nothing_to_score(golden, tmp_path, capsys):
+def test_scores_of_one_clip_are_nan(golden, tmp_path, capsys):
     data_dir = published_shards(golden, tmp_path / "data")
     model, report = published_stage(golden, tmp_path / "log" / "0"), tmp_path / "report"
     command = [str(model), "--data-dir", str(data_dir), "--report", str(report)]
@@ -253,7 +253,9 @@ def refused(capsys, status, *arguments):
     return lines[0]
 
 
-def test_errors(tiny_dataset, model_path, tmp_path, capsys):
+def test_missing_and_unsuitable_models_and_datasets_are_refused(
+    tiny_dataset, model_path, tmp_path, capsys
+):
     assert "none.keras" in refused(
         capsys, 2, tmp_path / "none.keras", "--data-dir", tiny_dataset
     )  # fmt: skip
@@ -271,21 +273,21 @@ def test_errors(tiny_dataset, model_path, tmp_path, capsys):
     )
 
 
-def test_predictions_with_nan(tiny_dataset, model_path, capsys, monkeypatch):
-    # By hand: whether NaN passes TensorFlow's sigmoid depends on the processor.
+def test_predictions_with_nan_are_refused(tiny_dataset, model_path, capsys, monkeypatch):
+    # Replace the outputs: whether NaN passes TensorFlow's sigmoid depends on the processor.
     predict = keras.Model.predict_on_batch
     monkeypatch.setattr(keras.Model, "predict_on_batch", lambda *a: predict(*a) * np.float32("nan"))
     message = refused(capsys, 1, model_path, "--data-dir", tiny_dataset)
     assert "the predictions contain NaN or infinity" in message
 
 
-def test_no_test_clips(golden, model_path, tmp_path, capsys):
+def test_dataset_without_test_clips_is_refused(golden, model_path, tmp_path, capsys):
     data_dir = published_shards(golden, tmp_path / "data")
     next((data_dir / "tfrecord").glob("*.seq.tfrecord")).unlink()
     assert "no test clips" in refused(capsys, 2, model_path, "--data-dir", data_dir)
 
 
-def test_error_as_a_subprocess(tmp_path):
+def test_error_of_the_script_is_one_line(tmp_path):
     done = run_eval("none.hdf5", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -293,14 +295,14 @@ def test_error_as_a_subprocess(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["model.keras", "--batch-size", "0"]])
-def test_usage(arguments, capsys):
+def test_invalid_commands_print_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         eval_script.main(arguments)
     assert caught.value.code == 2
     assert "usage: " in capsys.readouterr().err
 
 
-def test_tags_may_be_named_as_columns_are(tmp_path):
+def test_tags_may_have_the_names_of_columns(tmp_path):
     labels = np.array([[0, 1], [1, 0], [0, 1], [1, 1]], np.uint8)
     clips = [
         Clip(np.zeros((1, 4), np.float32), row, str(number), f"{number}.mp3")

@@ -1,4 +1,4 @@
-"""Scores, bootstrap intervals and losses equal their definitions."""
+"""Scores, bootstrap intervals and losses agree with their definitions."""
 
 from toolkit.evaluation import (
     binary_crossentropy,
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 
-def test_scores_are_scikit_learns():
+def test_scores_equal_those_of_scikit_learn():
     random = np.random.default_rng(0)
     labels = (random.uniform(size=(40, 7)) < 0.3).astype(np.uint8)
     predictions = np.round(random.uniform(size=(40, 7)), 1)  # with ties
@@ -42,22 +42,22 @@ def test_tags_of_one_class_are_left_out():
     assert np.isnan(nothing.macro_roc_auc) and np.isnan(nothing.macro_pr_auc)
 
 
-# --- How far scores can be trusted ----------------------------------------------------------------
+# --- Intervals of scores --------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     num_clips=st.integers(1, 40),
-    num_levels=st.integers(1, 8),  # of predictions: few make many ties
+    num_levels=st.integers(1, 8),  # distinct predictions; few levels give many ties
     share=st.floats(0, 1),
     seed=st.integers(0, 2**31),
 )
-def test_weighted_scores_are_scikit_learns(num_clips, num_levels, share, seed):
+def test_weighted_scores_equal_those_of_scikit_learn(num_clips, num_levels, share, seed):
     random = np.random.default_rng(seed)
     labels = (random.uniform(size=(num_clips, 3)) < share).astype(np.uint8)
     predictions = random.integers(num_levels, size=(num_clips, 3)) / num_levels
     counts = random.integers(0, 4, size=(num_clips, 4))
-    counts[:, 0] = 1  # the clips themselves
+    counts[:, 0] = 1  # the original clips
     roc_auc, pr_auc = weighted_scores(labels, predictions, counts)
     assert roc_auc.shape == pr_auc.shape == (4, 3)
     for resample, weights in enumerate(counts.T):
@@ -77,7 +77,7 @@ def test_weighted_scores_are_scikit_learns(num_clips, num_levels, share, seed):
 
 
 def test_intervals_cover_the_true_score():
-    """Tags of known ROC AUC, drawn anew: about 95 of 100 intervals must hold it."""
+    """About 95 of 100 intervals contain the true ROC AUC, which is known for simulated tags."""
     from scipy.stats import norm
 
     random = np.random.default_rng(0)
@@ -89,13 +89,13 @@ def test_intervals_cover_the_true_score():
     covered = np.mean((low <= true) & (true <= high))
     assert 0.91 <= covered <= 0.98
     assert (low < high).all()
-    # Four times the clips halve an interval.
+    # With four times as many clips, an interval is half as wide.
     wide, _ = interval(bootstrap(labels[:75], predictions[:75], num_resamples=400).roc_auc)
     ratio = np.mean(high - low) / np.mean(2 * (score(labels, predictions).roc_auc - wide))
     assert 0.4 < ratio < 0.6
 
 
-def test_resamples_are_those_of_the_seed():
+def test_the_seed_determines_the_resamples():
     random = np.random.default_rng(0)
     labels = (random.uniform(size=(50, 4)) < 0.4).astype(np.uint8)
     predictions = random.uniform(size=labels.shape)
@@ -103,7 +103,7 @@ def test_resamples_are_those_of_the_seed():
     np.testing.assert_array_equal(one.roc_auc, bootstrap(labels, predictions, 150, 3).roc_auc)
     assert not np.array_equal(one.roc_auc, bootstrap(labels, predictions, 150, 4).roc_auc)
     assert one.macro_roc_auc == pytest.approx(one.roc_auc.mean(axis=1))
-    # Every tag and every model is scored on the same clips.
+    # All tags and all models are scored on the same resamples of clips.
     other = bootstrap(labels, 3 * predictions - 1, num_resamples=150, seed=3)
     np.testing.assert_array_equal(one.pr_auc, other.pr_auc)
     ends = interval(one.roc_auc - other.roc_auc)
@@ -112,7 +112,7 @@ def test_resamples_are_those_of_the_seed():
 
 def test_resamples_without_both_classes_are_left_out():
     labels = np.zeros((12, 3), np.uint8)
-    labels[0, 0] = labels[:, 1] = 1  # a rare tag, one that all carry and one that none does
+    labels[0, 0] = labels[:, 1] = 1  # one clip has tag 0, all clips tag 1, no clip tag 2
     predictions = np.random.default_rng(0).uniform(size=labels.shape)
     resamples = bootstrap(labels, predictions, num_resamples=200)
     assert 0.2 < np.isnan(resamples.roc_auc[:, 0]).mean() < 0.6
@@ -123,15 +123,16 @@ def test_resamples_without_both_classes_are_left_out():
     np.testing.assert_array_equal(resamples.macro_roc_auc, known)
 
 
-def test_binary_crossentropy_is_keras():
+def test_binary_crossentropy_equals_that_of_keras():
     import keras
 
     random = np.random.default_rng(0)
     labels = (random.uniform(size=(9, 5)) < 0.5).astype(np.float32)
     predictions = random.uniform(size=(9, 5)).astype(np.float32)
-    predictions[0] = labels[0] = 1  # certain, and right
-    predictions[1], labels[1] = 1, 0  # certain, and wrong
-    # Keras's float32 rounds 1 - 1e-7, where a certain error is clipped: 15.9 instead of 16.1.
+    predictions[0] = labels[0] = 1  # certain and correct
+    predictions[1], labels[1] = 1, 0  # certain and wrong
+    # The loss of a certain error is clipped at 1 - 1e-7, which Keras rounds in float32: the loss is
+    # 15.9 instead of 16.1.
     expected = float(np.mean(np.asarray(keras.losses.binary_crossentropy(labels, predictions))))
     assert binary_crossentropy(labels, predictions) == pytest.approx(expected, rel=2e-2)
     assert binary_crossentropy(labels[2:], predictions[2:]) == pytest.approx(

@@ -1,4 +1,4 @@
-"""extract_excitations.py: the table it writes, and what it refuses."""
+"""extract_excitations.py: the table of excitations, and errors."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", ["se-multi", "rese-nomulti"])
-def test_excitations_are_the_published(golden, tmp_path, name):
+def test_excitations_equal_the_published_ones(golden, tmp_path, name):
     data_dir = published_shards(golden, tmp_path / "data")
     stage_dir = published_stage(golden, tmp_path / "log" / "0", name)
     table = extract_excitations.extract(stage_dir, data_dir)
@@ -41,7 +41,7 @@ def test_excitations_are_the_published(golden, tmp_path, name):
         assert table.iloc[row, 2:].tolist() == clip.labels.tolist()
 
 
-def test_as_a_subprocess(tiny_dataset, tmp_path):
+def test_the_script_writes_a_pickle(tiny_dataset, tmp_path):
     dataset = open_dataset(tiny_dataset)
     model = make_model(tmp_path / "se.keras", dataset)
     done = subprocess.run(
@@ -67,11 +67,11 @@ def test_as_a_subprocess(tiny_dataset, tmp_path):
         assert (rows[list(dataset.tags)].to_numpy() == clip.labels).all()
     with open(tmp_path / "excitations.pkl", "rb") as file:
         assert pickle.load(file).equals(table)
-    # Readable without pyarrow, as by the published notebook's pandas.
+    # The pickle can be read without pyarrow, as the published notebook does.
     assert b"arrow" not in (tmp_path / "excitations.pkl").read_bytes().lower()
 
 
-def test_parquet_by_its_ending_holds_the_same(tiny_dataset, tmp_path, capsys):
+def test_parquet_file_contains_the_same_table(tiny_dataset, tmp_path, capsys):
     model = make_model(tmp_path / "se.keras", open_dataset(tiny_dataset))
     expected = extract_excitations.extract(model, tiny_dataset)
     path = tmp_path / "excitations.parquet"
@@ -108,7 +108,7 @@ def test_a_tag_with_the_name_of_a_column_is_refused(tiny_dataset, tmp_path, caps
     assert not output.exists()
 
 
-def test_same_through_any_batch_size(tiny_dataset, tmp_path):
+def test_excitations_do_not_depend_on_the_batch_size(tiny_dataset, tmp_path):
     model = make_model(tmp_path / "rese.keras", open_dataset(tiny_dataset), block="rese")
     one, many = (extract_excitations.extract(model, tiny_dataset, size) for size in (1, 32))
     np.testing.assert_allclose(
@@ -126,7 +126,7 @@ def refused(capsys, status, *arguments):
 
 
 @pytest.mark.parametrize("block", ["res", "basic"])
-def test_models_without_excitations(golden, tmp_path, capsys, block):
+def test_models_without_excitations_are_refused(golden, tmp_path, capsys, block):
     data_dir = published_shards(golden, tmp_path / "data")
     model = golden / "checkpoints" / f"{block}-multi.hdf5"
     message = refused(
@@ -136,7 +136,7 @@ def test_models_without_excitations(golden, tmp_path, capsys, block):
     assert not (tmp_path / "excitations.pkl").exists()
 
 
-def test_other_errors(tiny_dataset, golden, tmp_path, capsys):
+def test_missing_files_and_folders_are_errors_of_one_line(tiny_dataset, golden, tmp_path, capsys):
     model = golden / "checkpoints" / "se-multi.hdf5"
     assert "50 tags" in refused(
         capsys, 2, model, "--data-dir", tiny_dataset, "--out", tmp_path / "x.pkl"

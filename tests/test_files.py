@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and folders that one program at a time writes to."""
+"""Files appear complete or not at all; only one process at a time writes to a folder."""
 
 import errno
 import fcntl
@@ -80,7 +80,9 @@ def test_an_error_of_another_file_keeps_its_name(tmp_path):
         (tmp_path / "b.csv").read_bytes()
     assert caught.value.filename == str(tmp_path / "b.csv")
     with pytest.raises(OSError) as caught, files.written_whole(tmp_path / "a.csv"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a failed write names no file
+        raise OSError(
+            errno.ENOSPC, os.strerror(errno.ENOSPC)
+        )  # the error of a failed write names no file
     assert caught.value.filename == str(tmp_path / "a.csv")
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""The picture of modules in docs/contributing.md matches the code; imports go one way."""
+"""The modules and imports of the code are those of the picture in docs/contributing.md."""
 
 import ast
 import re
@@ -31,7 +31,7 @@ def module_files():
 
 
 def imported(path, modules):
-    """Return which of our modules a file imports, also inside functions."""
+    """Return the modules of the toolkit that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Progress bars on terminals, in logs and in notebooks; counts, durations and sizes."""
+"""Progress bars on terminals, in logs and in notebooks; formats of counts, durations and sizes."""
 
 import os
 import pty
@@ -31,7 +31,7 @@ def on_terminal(command, variables):
     while True:
         try:
             read = os.read(controller, 65536)
-        except OSError:  # on Linux, the other end is closed
+        except OSError:  # raised on Linux when the other end is closed
             read = b""
         if not read:
             break
@@ -53,7 +53,7 @@ COLOURS = re.compile(rb"\x1b\[[0-9;]*m")
 @pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"TQDM_COLOUR": "green"}])
 def test_progress_has_no_colours_on_a_terminal_and_no_escape_codes_elsewhere(variables):
     written = on_terminal(["-c", PROGRESS], variables)
-    assert b"\rtrying: 100%|\xe2\x96\x88" in written  # a bar, of blocks
+    assert b"\rtrying: 100%|\xe2\x96\x88" in written  # a bar of block characters
     assert b"at 1\r\n" in written
     assert not COLOURS.search(written)
 
@@ -90,7 +90,7 @@ def test_progress_in_a_notebook_redraws_one_line():
     assert {output.name for output in outputs} == {"stderr"}
     text = "".join(output.text for output in outputs)
     assert "\rtrying: 100%|██████████| 3/3" in text
-    assert "at 1\n" in text and text.count("\n") == 4  # three messages, and the bar's end
+    assert "at 1\n" in text and text.count("\n") == 4  # three messages and the end of the bar
     assert "\x1b" not in text
 
 

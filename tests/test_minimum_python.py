@@ -1,4 +1,4 @@
-"""Every script ends with one clear line where it cannot run."""
+"""Every script exits with one clear line on Windows and on old versions of Python."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("build_mtt.py", "train.py", "eval.py", "extract_excitations.py", "tag.py")
-# Modules that the scripts import before the toolkit; some look at the platform.
+# Modules that the scripts import before the toolkit. Some depend on the platform, so import them
+# before the platform is replaced.
 PROGRAM = """
 import argparse, concurrent.futures, importlib.metadata, platform, runpy, shutil, sys
 {pretend}

@@ -1,4 +1,4 @@
-"""The analysis notebook: it reads every form of the table and draws the published views."""
+"""The analysis notebook reads every form of the table and draws the published figures."""
 
 import base64
 import re
@@ -19,7 +19,7 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "excitation_analysis.ipynb"
 TAGS = ["$loss in $profit", "loud", "quiet", "bells & whistles", "très doux", "never"]
 CHANNELS = [4, 4, 8, 8, 8, 8, 8, 8, 16]
 NUM_CLIPS = 24
-# Each depth, the chosen tags, standard deviation, chance, two heat maps, loud and quiet.
+# One figure per depth; chosen tags; standard deviation; chance; two heat maps; loud and quiet.
 NUM_FIGURES = len(CHANNELS) + 6
 
 
@@ -56,7 +56,7 @@ def write_table(path, table):
 
 
 def expected_mean(table, depth, tag):
-    """Return the mean excitation of a tag, from tag columns by position."""
+    """Return the mean excitation of a tag, whose column is selected by position."""
     column = 2 + list(table.columns[2:]).index(tag)
     rows = [row for row in table.itertuples(index=False) if row[1] == depth and row[column]]
     return np.mean([row[0] for row in rows], axis=0)
@@ -142,7 +142,7 @@ def test_a_missing_table_is_named(run_until, tmp_path, monkeypatch):
         run_until("load")
 
 
-# --- The published views -------------------------------------------------------------------------
+# --- The published figures -----------------------------------------------------------------------
 
 
 def test_plot_ex_draws_a_curve_for_every_tag(run_until, tmp_path):
@@ -218,7 +218,7 @@ def test_levels_of_the_dataset_are_compared_with_excitations(run_until, tiny_dat
     np.testing.assert_allclose(variables["level"], levels)
     np.testing.assert_allclose([r[1] for r in variables["correlations"]], -1, atol=1e-5)
 
-    table.iloc[:2, 2] = 1 - table.iloc[:2, 2]  # the labels of other clips
+    table.iloc[:2, 2] = 1 - table.iloc[:2, 2]  # labels of other clips
     variables = run_until("level", EXCITATIONS=write_table(path, table), DATA_DIR=tiny_dataset)
     assert variables["level"] is None
 
@@ -263,7 +263,7 @@ def test_committed_notebook_is_executed_and_clean():
     assert notebook.metadata.kernelspec.name == "python3"
     assert "widgets" not in notebook.metadata
     code_cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    # Without a kernel the controls are an error message, so their output is not stored.
+    # Without a kernel the controls show an error message, so their output is not stored.
     assert not code_cells[-1].outputs
     counts = [cell.execution_count for cell in code_cells[:-1]]
     assert counts == list(range(1, len(code_cells)))

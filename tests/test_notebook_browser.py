@@ -31,12 +31,12 @@ pytestmark = [
 
 @pytest.fixture(params=["notebook", "lab"])
 def address(request, tmp_path):
-    """Start Jupyter as the README does; yield the address that it opens in a browser."""
+    """Start Jupyter as the README does; yield the address that Jupyter opens in a browser."""
     folder = tmp_path / "work"
     folder.mkdir()
     shutil.copy(NOTEBOOK, folder)
     write_table(folder / "excitations.pkl", make_table())
-    # A browser that writes the address to a file.
+    # Replace the browser by a program that writes the address to a file.
     opened, browser = tmp_path / "opened", tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {opened}.new\nmv {opened}.new {opened}\n')
     browser.chmod(0o755)
@@ -78,7 +78,7 @@ def browser(tmp_path):
 
 def test_the_controls_change_the_picture(address, browser):
     browser.get(address)
-    # The page moves while it loads: try a click that fails again.
+    # Elements move while the page loads, so retry clicks that fail.
     wait = WebDriverWait(browser, 120, ignored_exceptions=[WebDriverException])
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".jp-Notebook .jp-Cell"))
     for item in ("Run", "Run All Cells"):

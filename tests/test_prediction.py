@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 
 
 class Sums:
-    """A model of two outputs that can be checked by hand: sums over a segment, and its maximum."""
+    """A model whose two outputs are easy to verify: sums over a segment, and its maximum."""
 
     input_shape = (None, 4)
 
@@ -56,11 +56,11 @@ def assert_predicted(result, clips):
     lengths=st.lists(st.integers(1, 9), max_size=12),
     batch_size=st.integers(1, 40),
 )
-def test_any_batch_size_gives_the_same(lengths, batch_size):
+def test_predictions_do_not_depend_on_the_batch_size(lengths, batch_size):
     clips, model, num_calls = clips_of(lengths), Sums(), []
     result = list(predict_clips(model, clips, batch_size, lambda: num_calls.append(1)))
     assert_predicted(result, clips)
-    # One shape only, and no more batches than there must be.
+    # All batches have one shape, and there are as few batches as possible.
     assert set(model.batches) <= {(batch_size, 4)}
     assert len(model.batches) == len(num_calls) == -(-sum(lengths) // batch_size)
 
@@ -76,13 +76,13 @@ def parts_of(clip, num_segments):
     num_segments=st.integers(1, 9),
     batch_size=st.integers(1, 40),
 )
-def test_a_clip_in_parts_is_one_clip(lengths, num_segments, batch_size):
+def test_the_parts_of_a_clip_are_predicted_as_one_clip(lengths, num_segments, batch_size):
     clips = clips_of(lengths)
     parts = (part for clip in clips for part in parts_of(clip, num_segments))
     assert_predicted(predict_clips(Sums(), parts, batch_size), clips)
 
 
-def test_parts_are_let_go_as_they_are_predicted():
+def test_the_memory_of_predicted_parts_is_released():
     (clip,) = clips_of([100])
     read = []
 
@@ -97,8 +97,8 @@ def test_parts_are_let_go_as_they_are_predicted():
     assert len(read) == 20
 
 
-def test_clips_come_as_soon_as_they_are_done():
-    """A long split is not held in memory: at most a batch of clips is waiting."""
+def test_clips_are_yielded_as_soon_as_they_are_predicted():
+    """At most one batch of clips is kept in memory."""
     read = []
 
     def reading():
@@ -122,8 +122,8 @@ def model_path(tiny_dataset, tmp_path_factory):
     return path
 
 
-def test_a_clip_is_the_mean_of_its_segments(tiny_dataset, model_path):
-    """Clips of different lengths weigh as one clip each."""
+def test_the_prediction_of_a_clip_is_the_mean_over_its_segments(tiny_dataset, model_path):
+    """Clips of different lengths have equal weights."""
 
     dataset = open_dataset(tiny_dataset)
     clips = list(read_clips(dataset.splits["test"].shards))
@@ -150,7 +150,7 @@ def test_a_clip_is_the_mean_of_its_segments(tiny_dataset, model_path):
         assert (~np.isnan(scores.roc_auc)).nonzero()[0].tolist() == known
 
 
-def test_evaluation_keeps_no_audio(tiny_dataset, model_path):
+def test_evaluation_does_not_keep_audio_in_memory(tiny_dataset, model_path):
     _, clips, _, _ = eval_script.evaluate(model_path, tiny_dataset)
     for clip in clips:
         assert clip.segments.nbytes == 0
@@ -185,8 +185,8 @@ def test_a_model_must_fit_the_dataset(tiny_dataset, tmp_path, changes, message):
         load_for_dataset(path, dataset)
 
 
-def test_a_file_without_tags_takes_those_of_the_dataset(golden, tiny_dataset, tmp_path):
-    """The published program may have trained an .hdf5 on a dataset with 50 other tags."""
+def test_a_model_file_without_tags_takes_the_tags_of_the_dataset(golden, tiny_dataset, tmp_path):
+    """An .hdf5 file may have been trained on a dataset with 50 other tags."""
     data_dir = tmp_path / "data"
     shutil.copytree(tiny_dataset, data_dir)
     manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())

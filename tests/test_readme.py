@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-# What a block may need beyond a checkout with the demo: the real dataset, the user's own data, or a
-# download.
+# Marks of blocks that need more than a checkout with the demo: the real dataset, the user's own
+# data, or a download.
 NEEDS = {"magnatagatune", "own_data", "download"}
 PROGRAMS = {"cat", "curl", "jupyter", "make", "mkdir", "mv", "python", "python3", "unzip", "."}
 # The slow test runs the demo's commands on fewer clips, a narrower network and one epoch per stage.
@@ -39,7 +39,7 @@ class Block:
     line: int
 
     def commands(self) -> list[str]:
-        """The shell commands, continued lines joined."""
+        """Return the shell commands, with continued lines joined."""
         joined = self.text.replace("\\\n", " ")
         return [line.strip() for line in joined.splitlines() if line.strip()]
 
@@ -54,7 +54,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def shell_commands(page: str) -> list[list[str]]:
-    """Every command of a page's sh blocks in words, without variables set before it."""
+    """Return the words of each command in the sh blocks, without environment variables."""
     commands = []
     for block in blocks(page):
         for command in block.commands() if block.language == "sh" else ():
@@ -66,7 +66,7 @@ def shell_commands(page: str) -> list[list[str]]:
 
 
 def spans(page: str) -> list[str]:
-    """Every inline code span of a page."""
+    """Return every inline code span of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
@@ -172,7 +172,7 @@ def test_links_lead_somewhere(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
+    """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -193,7 +193,7 @@ def test_the_demo_typed_by_hand_is_that_of_make(tmp_path):
 
 
 def demo_blocks() -> list[Block]:
-    """The README's blocks that make the demo or need only a checkout with the demo, in order."""
+    """Return the README's blocks that make the demo or need only the demo, in order."""
     return [
         block
         for block in blocks("README.md")
@@ -209,7 +209,7 @@ def test_the_demo_runs_as_typed(tmp_path):
     checkout = tmp_path / "checkout"
     left_out = (".git", ".venv", ".*_cache", "__pycache__", "demo", "dataset", "log", "report")
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*left_out))
-    # As in an activated environment.
+    # Programs are found as in an activated environment.
     programs = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("KERAS_BACKEND", None)

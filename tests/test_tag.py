@@ -1,4 +1,4 @@
-"""tag.py: tags of any audio, whole, in every form of output."""
+"""tag.py: the tags of whole audio files in every output format, and errors."""
 
 import csv
 import io
@@ -31,12 +31,12 @@ TAGS = ("guitar", "slow", "naïve ♪", 'a,b"c', "$x$ $", "drums")
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    """A small model of random weights whose outputs change with what it hears."""
+    """Save a small network with random weights whose outputs depend on the audio."""
     config = NetworkConfig(block="res", init_features=2, num_tags=len(TAGS))
     network = build_network(config)
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0  # so that one batch gives the statistics
+            layer.momentum = 0.0  # one batch sets the statistics
     random = np.random.default_rng(0)
     levels = np.linspace(0.01, 0.2, 4)[:, np.newaxis]
     network(random.normal(0, levels, (4, SEGMENT)).astype("f"), training=True)
@@ -47,7 +47,7 @@ def model_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Audio of several forms and lengths in folders, with files that are no audio."""
+    """Write audio files of several formats and lengths, and files that are not audio."""
     root = tmp_path_factory.mktemp("music")
     (root / "b" / "deep").mkdir(parents=True)
     encode_audio(root / "b" / "deep" / "one.mp3", synthesise(6, tags=(1,)))
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
     return root
 
 
-AUDIO_NAMES = ["a.wav", "b/deep/one.mp3", "c.flac"]  # in the order of a walk
+AUDIO_NAMES = ["a.wav", "b/deep/one.mp3", "c.flac"]  # in the order in which a folder is read
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def program(monkeypatch):
 
 
 def run(capsys, *arguments, status=0):
-    """Run tag.py; give its standard output and the lines of its standard error."""
+    """Run tag.py in this process; return stdout and the lines of stderr."""
     assert tag.main(list(map(str, arguments))) == status
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
@@ -78,7 +78,7 @@ def json_lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_published_log_folders_predict_what_they_did(golden, tmp_path, capsys):
+def test_published_log_folders_give_the_published_predictions(golden, tmp_path, capsys):
     expected = np.load(golden / "expected.npz")
     clips = [golden / "clips" / f"gm-{name}-01-take-0-29.mp3" for name in ("pop", "choir")]
     for name in ("se-multi", "res-nomulti"):
@@ -94,7 +94,7 @@ def test_published_log_folders_predict_what_they_did(golden, tmp_path, capsys):
         assert tuple(found[0]["tags"]) == MTT_TOP_TAGS
 
 
-def test_tags_of_a_file_that_names_none(golden, tmp_path, capsys):
+def test_tags_option_names_the_outputs_of_a_file_without_tags(golden, tmp_path, capsys):
     model = golden / "checkpoints" / "se-multi.hdf5"
     clip = golden / "clips" / "gm-pop-01-take-0-29.mp3"
     moods = [f"mood {number}" for number in range(50)]
@@ -113,7 +113,9 @@ def test_tags_of_a_file_that_names_none(golden, tmp_path, capsys):
         assert message in said[-1]
 
 
-def test_a_folder_is_walked_in_order_and_what_is_no_audio_is_skipped(folder, model_path, capsys):
+def test_a_folder_is_read_in_order_and_files_that_are_not_audio_are_skipped(
+    folder, model_path, capsys
+):
     out, said = run(capsys, model_path, folder, "--json")
     found = json_lines(out)
     assert [line["path"] for line in found] == [str(folder / name) for name in AUDIO_NAMES]
@@ -123,7 +125,7 @@ def test_a_folder_is_walked_in_order_and_what_is_no_audio_is_skipped(folder, mod
     assert said[1] == f"{folder / 'z.empty'}: the file is empty: skipped"
     assert said[2] == "2 of 5 files are not audio and were skipped"
 
-    # One by one they get the same.
+    # Tagged one by one, the files have the same tags.
     for line in found:
         alone, said = run(capsys, model_path, line["path"], "--json", "--batch-size", "3")
         assert said == []
@@ -148,10 +150,10 @@ def test_the_table_has_the_top_tags_aligned(folder, model_path, capsys):
             assert row[:2] == "  " and row[2 : 2 + width].rstrip() == name
             assert float(row[2 + width :]) == pytest.approx(value, abs=1e-4)
     out, _ = run(capsys, model_path, folder / "c.flac")
-    assert len(out.splitlines()) == 1 + len(TAGS)  # ten, but there are only six
+    assert len(out.splitlines()) == 1 + len(TAGS)  # --top 10, but the model has only six tags
 
 
-def test_csv_has_a_row_a_file(folder, model_path, capsys):
+def test_csv_has_one_row_per_file(folder, model_path, capsys):
     out, _ = run(capsys, model_path, folder, "--csv")
     header, *rows = csv.reader(io.StringIO(out))
     assert header == ["path", *TAGS]
@@ -161,7 +163,7 @@ def test_csv_has_a_row_a_file(folder, model_path, capsys):
         assert list(map(float, row[1:])) == pytest.approx(list(line["tags"].values()), abs=2e-6)
 
 
-def test_a_segment_and_a_hop_decide_what_is_heard(folder, model_path):
+def test_segments_start_at_multiples_of_the_hop(folder, model_path):
     checkpoint = load(model_path)
     samples = decode(folder / "a.wav", RATE, stop=None)
     for hop in (SEGMENT, 20_000, 100_000):
@@ -174,13 +176,13 @@ def test_a_segment_and_a_hop_decide_what_is_heard(folder, model_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_whole_track_is_heard(tmp_path, model_path, capsys):
+def test_whole_tracks_are_tagged(tmp_path, model_path, capsys):
     path = encode_audio(tmp_path / "long.mp3", synthesise(61))
     (line,) = json_lines(run(capsys, model_path, path, "--json")[0])
     assert line["segments"] == 61 * RATE // SEGMENT == 22
 
 
-def test_a_short_file_is_filled_up_with_silence(tmp_path, model_path, capsys):
+def test_a_short_file_is_padded_with_silence(tmp_path, model_path, capsys):
     path = encode_audio(
         tmp_path / "short.wav", synthesise(1, RATE), RATE, codec="pcm_s16le", bit_rate=None
     )
@@ -194,7 +196,7 @@ def test_a_short_file_is_filled_up_with_silence(tmp_path, model_path, capsys):
     assert list(line["tags"].values()) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_taggrams(folder, model_path, tmp_path, capsys):
+def test_taggrams_are_drawn_and_saved(folder, model_path, tmp_path, capsys):
     picture, table = tmp_path / "a.png", tmp_path / "a.csv"
     out, said = run(
         capsys, model_path, folder / "a.wav", "--json",
@@ -213,7 +215,7 @@ def test_taggrams(folder, model_path, tmp_path, capsys):
     means = values[:, 1:].mean(axis=0)
     np.testing.assert_allclose(means, list(line["tags"].values()), rtol=0, atol=2e-6)
 
-    # More tags make a higher picture; one segment is a picture too.
+    # More tags make a taller picture. One segment is enough for a picture.
     taller = tmp_path / "b.PNG"
     run(capsys, model_path, folder / "c.flac", "--taggram", taller, "--top", "6")
     assert matplotlib.image.imread(taller, format="png").shape[0] > height
@@ -222,7 +224,7 @@ def test_taggrams(folder, model_path, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_the_taggram_shows_the_tags_of_largest_mean(tmp_path):
+def test_the_taggram_shows_the_tags_with_the_largest_means(tmp_path):
     random = np.random.default_rng(0)
     probabilities = random.uniform(0, 0.3, (7, len(TAGS)))
     probabilities[:, 3] = 1
@@ -231,14 +233,14 @@ def test_the_taggram_shows_the_tags_of_largest_mean(tmp_path):
     for name, top in (("one.png", 1), ("all.png", 99)):
         figures.plot_taggram(tmp_path / name, TAGS, probabilities, starts, 1, "x" * 500, top)
         pictures.append(matplotlib.image.imread(tmp_path / name)[..., :3])
-    yellow = np.array([253, 231, 37]) / 255  # of 1 in viridis
+    yellow = np.array([253, 231, 37]) / 255  # a probability of 1 in the colormap viridis
     shares = [
         (np.abs(picture[:, 150:650] - yellow).max(axis=-1) < 0.02).mean() for picture in pictures
     ]
     assert shares[0] > 0.12 and 0.03 < shares[1] < shares[0]
 
 
-def test_a_named_file_that_cannot_be_decoded_is_an_error_after_the_rest(
+def test_a_given_file_that_cannot_be_decoded_is_an_error_after_the_other_files(
     folder, model_path, tmp_path, capsys
 ):
     text = shutil.copy(folder / "b" / "cover.txt", tmp_path / "cover.txt")
@@ -256,7 +258,7 @@ def test_a_named_file_that_cannot_be_decoded_is_an_error_after_the_rest(
     assert (out, said) == ("", [f"tag.py: error: {missing}: no such file"])
 
 
-def test_files_are_decoded_ahead_of_the_network_but_not_far(folder, model_path, monkeypatch):
+def test_at_most_two_files_are_decoded_ahead_of_the_network(folder, model_path, monkeypatch):
     started, threads = [], set()
 
     def noted(path, *options, **more):
@@ -268,22 +270,22 @@ def test_files_are_decoded_ahead_of_the_network_but_not_far(folder, model_path, 
     found = tag.tag_files(load(model_path), [folder / "c.flac"] * 40, batch_size=1)
     ahead = []
     for number, _ in enumerate(found, start=1):
-        # Nobody asks for the next file yet.
+        # The next file is decoded before it is requested.
         deadline = time.monotonic() + (20 if number < 40 else 0)
         while len(started) <= number and time.monotonic() < deadline:
             time.sleep(0.001)
         ahead.append(len(started) - number)
     assert len(ahead) == len(started) == 40
     assert min(ahead[:-1]) >= 1 and max(ahead) <= 2
-    assert len(threads) == 1  # several are slower
+    assert len(threads) == 1  # one decoding thread is faster than several
 
 
-def test_python_callers_get_the_error(model_path, tmp_path):
+def test_tag_files_raises_the_error_of_a_missing_file(model_path, tmp_path):
     with pytest.raises(AudioError, match="no such file"):
         list(tag.tag_files(load(model_path), [tmp_path / "none.mp3"]))
 
 
-def test_folders_without_audio(model_path, tmp_path, capsys):
+def test_folders_without_audio_are_an_error(model_path, tmp_path, capsys):
     out, said = run(capsys, model_path, tmp_path, status=2)
     assert (out, said) == ("", [f"tag.py: error: {tmp_path}: there are no files"])
     (tmp_path / "a.txt").write_text("words\n")
@@ -298,7 +300,7 @@ def test_folders_without_audio(model_path, tmp_path, capsys):
         (["--save-taggram", "x.csv"], "--save-taggram needs exactly one audio file, but there "),
     ],
 )
-def test_a_taggram_is_of_one_file(folder, model_path, capsys, options, message):
+def test_a_taggram_needs_exactly_one_file(folder, model_path, capsys, options, message):
     out, (said,) = run(capsys, model_path, folder, *options, status=2)
     assert out == "" and said.startswith(f"tag.py: error: {message}")
 
@@ -314,12 +316,12 @@ def test_a_taggram_is_of_one_file(folder, model_path, capsys, options, message):
         (["--taggram", "/none/x.png"], "--taggram /none/x.png: there is no folder /none"),
     ],
 )
-def test_taggrams_that_cannot_be_written(folder, model_path, capsys, options, message):
+def test_taggrams_that_cannot_be_written_are_refused(folder, model_path, capsys, options, message):
     out, (said,) = run(capsys, model_path, folder / "c.flac", *options, status=2)
     assert out == "" and said.startswith(f"tag.py: error: {message}")
 
 
-def test_models_that_cannot_be(folder, tmp_path, capsys):
+def test_missing_and_invalid_models_are_refused(folder, tmp_path, capsys):
     out, said = run(capsys, tmp_path / "none.keras", folder, status=2)
     assert (out, said) == ("", [f"tag.py: error: {tmp_path / 'none.keras'}: no such model file"])
     (tmp_path / "text.keras").write_text("epoch,loss\n")
@@ -330,18 +332,18 @@ def test_models_that_cannot_be(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options", [[], ["m.keras"], ["m", "a", "--hop", "0"], ["m", "a", "--csv", "--json"]]
 )
-def test_usage(options, capsys):
+def test_invalid_commands_print_the_usage(options, capsys):
     with pytest.raises(SystemExit) as caught:
         tag.main(options)
     assert caught.value.code == 2
     assert "usage: " in capsys.readouterr().err
 
 
-def test_a_name_that_is_not_utf_8(folder, model_path, tmp_path, capsys):
+def test_a_file_name_that_is_not_utf_8_is_printed(folder, model_path, tmp_path, capsys):
     name = b"caf\xe9.flac".decode(errors="surrogateescape")
     try:
         path = Path(shutil.copy(folder / "c.flac", tmp_path / name))
     except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
+        pytest.skip("this file system accepts only UTF-8 names")
     for form in ("--json", "--csv", "--top=2"):
         assert "caf�.flac" in run(capsys, model_path, path, form)[0]

@@ -1,4 +1,4 @@
-"""Small trainings that several tests share."""
+"""Small training runs that several tests use."""
 
 import csv
 
@@ -43,12 +43,12 @@ def history_of(stage_dir):
 
 
 def names_in(stage_dir):
-    """Names of a stage's files, except TensorBoard's."""
+    """Return the names of the files of a stage, except TensorBoard events."""
     return sorted(path.name for path in stage_dir.iterdir() if "tfevents" not in path.name)
 
 
 def assert_same_runs(log, other):
-    """Check that two runs of two stages wrote the same, except for the time they took."""
+    """Check that two runs of two stages wrote the same results, except for times."""
     for stage in ("0", "1"):
         assert_same_weights(log / stage / "resume.keras", other / stage / "resume.keras")
         assert names_in(log / stage) == names_in(other / stage)
@@ -57,7 +57,7 @@ def assert_same_runs(log, other):
 
 
 def predict_validation(path, data_dir):
-    """Predict the validation split: labels and a list of one array of outputs per clip."""
+    """Predict the validation split; return the labels and a list of outputs per clip."""
     network = checkpoints.load(path).network
     dataset = open_dataset(data_dir)
     clips = list(read_clips(dataset.splits["val"].shards, dataset.num_samples, len(dataset.tags)))
