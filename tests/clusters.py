@@ -49,7 +49,7 @@ class Cluster:
         return process
 
     def add_worker(self, preload="", before=(), num_threads=1):
-        """Start a worker that first runs the code `preload`, as an argument of the command `before`."""
+        """Start a worker that first runs the code `preload`; `before` precedes its command."""
         path = self.folder / f"preload_{time.monotonic_ns()}.py"
         path.write_text(preload)
         return self.start(

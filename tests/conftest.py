@@ -86,8 +86,8 @@ def write_dataset(data_dir, num_clips=24, seconds=CLIP_SECONDS):
     rows = []
     for clip in range(num_clips):
         folder = FOLDERS[clip]
-        # Every second clip has tags 0 to 2, every third has 3 to 5, and so on; only training clips have
-        # the last tag.
+        # Every second clip has tags 0 to 2, every third has tags 3 to 5, and so on. Only training
+        # clips have the last tag.
         tags = [tag for tag in range(len(TAGS)) if (clip + tag) % (tag // 3 + 2) == 0]
         if folder not in "0123456789ab":
             tags = [tag for tag in tags if tag != len(TAGS) - 1]

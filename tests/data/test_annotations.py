@@ -1,4 +1,4 @@
-"""MagnaTagATune's table: the published program's rows, order, splits and shards; invalid tables."""
+"""MagnaTagATune's table: rows, order, splits and shards as published; invalid tables."""
 
 import gzip
 import os
@@ -34,7 +34,7 @@ def write(folder, content):
 # --- The published program's table ---------------------------------------------------------------
 
 
-def test_table_is_the_published_programs(golden):
+def test_table_equals_that_of_the_published_program(golden):
     clips, tags = read_mtt(golden / "annotations" / "small.csv")
     clips = assign_shards(clips, num_audios_per_shard=10)
     expected = pd.read_csv(golden / "annotations" / "expected.csv", dtype={"clip_id": str})
@@ -62,7 +62,7 @@ def test_magnatagatune_has_the_published_splits_and_shards(tmp_path):
 
 @st.composite
 def tied_magnatagatune_counts(draw):
-    """Counts with MagnaTagATune's 50 in the lead and many ties, also with other tags."""
+    """Draw counts with many ties in which MagnaTagATune's 50 tags are the most frequent."""
     others = [f"other {number}" for number in range(draw(st.integers(0, 30)))]
     least = draw(st.integers(1, 5))
     counts = {tag: least + draw(st.integers(0, 3)) for tag in MTT_TOP_TAGS}
@@ -79,7 +79,7 @@ def test_published_order_does_not_depend_on_ties(table):
 
 
 @given(tied_magnatagatune_counts(), st.integers(1, 3))
-def test_more_frequent_tag_replaces_a_published_one(table, lead):
+def test_a_more_frequent_tag_replaces_a_published_one(table, lead):
     counts, names = table
     least = min(count for count, name in zip(counts, names, strict=True) if name in MTT_TOP_TAGS)
     tags = top_tags(np.append(counts, least + lead), [*names, "newcomer"])
@@ -200,7 +200,7 @@ def test_identities_are_kept_as_written(tmp_path):
         (HEADER + "3\t0\t0\t0/z.mp3\n", "every label is 0"),
     ],
 )
-def test_invalid_table_is_refused_with_its_place(tmp_path, content, found):
+def test_error_of_an_invalid_table_names_row_and_column(tmp_path, content, found):
     path = write(tmp_path, content)
     with pytest.raises(AnnotationsError) as caught:
         read_mtt(path)
@@ -232,7 +232,7 @@ def test_missing_table_is_named(tmp_path, kind):
 
 
 @given(st.binary(max_size=60), st.integers(0, len(HEADER + ROWS)))
-def test_any_content_is_read_or_refused_by_one_line(tmp_path_factory, noise, place):
+def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, noise, place):
     whole = (HEADER + ROWS).encode()
     path = write(
         tmp_path_factory.getbasetemp(), whole[:place] + noise + whole[place + len(noise) :]

@@ -1,4 +1,4 @@
-"""Decoding: the published program's samples, bit for bit; files that are damaged or not audio."""
+"""Decoding: samples identical to the published ones; files that are damaged or not audio."""
 
 import functools
 import subprocess
@@ -35,7 +35,7 @@ def id3_picture():
 
 @pytest.fixture(scope="module")
 def mp3(tmp_path_factory):
-    """A clip of 5 seconds in MagnaTagATune's format."""
+    """Encode a clip of 5 seconds in MagnaTagATune's format."""
     return encode_audio(tmp_path_factory.mktemp("audio") / "clip.mp3", synthesise(5))
 
 
@@ -49,7 +49,7 @@ def mp3(tmp_path_factory):
         ("gm-choir-01-take-0-29.mp3", "test-0000-of-0001.seq.tfrecord"),
     ],
 )
-def test_samples_are_the_published_programs(golden, clip, shard):
+def test_samples_equal_those_of_the_published_program(golden, clip, shard):
     expected = np.concatenate([c.segments for c in read_clips([golden / "tfrecord" / shard])])
     samples = decode(golden / "clips" / clip)
     assert samples.dtype == np.float32
@@ -106,8 +106,8 @@ def test_equals_madmom_on_an_mp3_with_a_cover(tmp_path, mp3):
 @pytest.mark.parametrize(("name", "codec"), [("a.ogg", "vorbis"), ("a.m4a", "aac")])
 def test_nearly_equals_madmom_where_releases_of_ffmpeg_differ(tmp_path, name, codec):
     # The decoders of Vorbis and AAC add floats in an order that depends on the release of FFmpeg.
-    # 2**-24 is the last bit of a sample. Both channels are equal, because FFmpeg 5 garbles
-    # some coupled channels.
+    # 2**-24 is the last bit of a sample. Both channels are equal, because FFmpeg 5 decodes some
+    # coupled channels wrongly.
     assert_same_as_madmom(encode_float(tmp_path / name, codec), tolerance=2**-22)
 
 
@@ -121,7 +121,7 @@ def wrecked(content):
 
 
 def damaged(content):
-    """Overwrite about three frames of an MP3 by noise."""
+    """Overwrite about three frames of an MP3 with noise."""
     start = len(content) // 3
     noise = np.random.default_rng(0).bytes(500)
     return content[:start] + noise + content[start + len(noise) :]
@@ -136,7 +136,7 @@ def test_damaged_frames_are_skipped_as_by_madmom(tmp_path):
     assert not np.array_equal(samples, decode(sound))
     if madmom_is_missing():
         pytest.skip("madmom is not installed")
-    # For madmom the lost frames count towards the 29 s, so it returns the same samples but fewer.
+    # For madmom, lost frames count towards the 29 s, so madmom returns fewer samples.
     reference = decode(path, decoder="madmom")
     assert 29 * SAMPLE_RATE - 5 * 800 < len(reference) <= len(samples)
     np.testing.assert_array_equal(samples[: len(reference)], reference)
@@ -265,7 +265,7 @@ def test_three_hours_need_no_more_memory_than_29_s(tmp_path, name):
         hours.write_bytes(short.read_bytes() * 360)
     else:
         encode_audio(hours, synthesise(30), 16000, "pcm_s16le", None)
-        # Extend it by silence, as a sparse file.
+        # Append silence, as a sparse file.
         start, num_bytes = hours.read_bytes().index(b"data") + 8, 3 * 3600 * 32000
         with open(hours, "r+b") as file:
             file.truncate(start + num_bytes)
@@ -373,7 +373,7 @@ def test_any_damage_returns_samples_or_raises_an_audio_error(tmp_path, mp3, seed
     for trial in range(6):
         content = bytearray(whole.read_bytes())
         for _ in range(random.integers(1, 30)):
-            # Change headers, at the start, as often as the rest.
+            # Change the headers at the start as often as the rest of the file.
             place = int(random.integers(len(content)) ** random.uniform(0.3, 1))
             content[place : place + 3] = random.bytes(random.integers(0, 6))
         path = tmp_path / f"{trial}{suffix}"
@@ -423,7 +423,7 @@ def test_segments_of_pieces_are_those_of_the_whole_file(lengths, num_samples, ho
     expected = np.array(expected, np.float32).reshape(-1, num_samples)
     np.testing.assert_array_equal(cut_segments(samples, num_samples, hop), expected)
     np.testing.assert_array_equal(np.concatenate([expected[:0], *parts]), expected)
-    # Every part but the last is full, within the limit.
+    # Every part except the last is as long as the limit allows.
     assert all(len(part) == at_most for part in parts[:-1])
     assert all(0 < len(part) <= at_most for part in parts)
     span = (at_most - 1) * (hop or num_samples) + num_samples

@@ -87,7 +87,7 @@ def test_number_of_workers_does_not_matter(finished, data_dir, num_workers):
 def test_building_again_decodes_and_writes_nothing(finished, data_dir):
     shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
     shutil.rmtree(data_dir / "mp3")
-    # One empty file, because a folder without any of the clips is refused.
+    # Keep one empty file, because a folder with none of the clips is refused.
     (data_dir / "mp3" / "0").mkdir(parents=True)
     (data_dir / "mp3" / "0" / "clip-00-0-1.mp3").touch()
     before = {path: path.stat().st_mtime_ns for path in shards_in(data_dir)}
@@ -127,7 +127,7 @@ def test_skipped_clips_are_named_with_reasons(finished):
 
 
 def as_user():
-    """Drop root's right to read every file, if the tests run as root."""
+    """If the tests run as root, drop the right to read every file."""
     libc = ctypes.CDLL(None)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
         libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
@@ -220,7 +220,9 @@ def test_too_many_skipped_clips_exit_with_status_1_and_all_shards(
     assert (f"error: {refused}" in last) == bool(status)
 
 
-def test_repaired_clip_is_added_as_if_it_had_been_there(finished, data_dir, tmp_path, capsys):
+def test_repaired_clip_gives_the_shards_of_a_build_that_had_the_clip(
+    finished, data_dir, tmp_path, capsys
+):
     shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
     (empty,) = data_dir.glob("mp3/3/*.mp3")
     encode_audio(empty, synthesise(1.2))
@@ -250,7 +252,7 @@ def test_repaired_clip_does_not_remove_clips_whose_audio_is_gone(finished, data_
 
 
 def link_out(kind, data_dir, outside):
-    """Replace a clip by a link that leads out of mp3/."""
+    """Replace a clip by a link to a file outside mp3/."""
     clip = data_dir / "mp3" / "4" / "clip-04-0-1.mp3"
     shutil.copytree(clip.parent, outside)
     if kind == "folder":

@@ -1,4 +1,4 @@
-"""Building on a Dask cluster gives the same bytes; a worker that does not fit is named."""
+"""Building on a Dask cluster gives the same bytes; errors name the worker."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from clusters import SLOW, refusal_of, start_cluster, started, wait_until
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A scheduler and two workers, which tests must not change."""
+    """Start a scheduler and two workers, which tests must not change."""
     with start_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         cluster.add_worker()
         cluster.add_worker(num_threads=2)
@@ -28,7 +28,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def own_cluster(tmp_path):
-    """A scheduler without workers."""
+    """Start a scheduler without workers."""
     with start_cluster(tmp_path) as cluster:
         yield cluster
 
@@ -37,7 +37,7 @@ def own_cluster(tmp_path):
 
 
 def test_shards_and_messages_are_those_of_a_local_build(cluster, data_dir, finished):
-    # A relative folder is relative to the build, not to the worker.
+    # The folder is relative to the working directory of the build, not to that of the worker.
     done = run(Path(data_dir.name), "--scheduler", cluster.address, cwd=data_dir.parent)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert contents(data_dir) == contents(finished[0])
@@ -106,7 +106,7 @@ def test_progress_counts_single_clips(own_cluster, data_dir, monkeypatch):
     assert any(count % 6 for count in shown)  # shards have 12, 6 and 6 clips
 
 
-# --- Workers and addresses that do not fit --------------------------------------------------------
+# --- Unsuitable workers and addresses -------------------------------------------------------------
 
 
 @pytest.mark.slow

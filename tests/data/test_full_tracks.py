@@ -27,7 +27,7 @@ SPLITS = ("train", "test")
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """A folder of audio files: short, long, and one that is damaged late."""
+    """Write audio files: a short one, long ones, and one whose later part is damaged."""
     folder = tmp_path_factory.mktemp("clips")
     sound = encode_audio(folder / "sound.mp3", synthesise(3)).read_bytes()
     encode_audio(folder / "long.mp3", synthesise(40, seed=1))
@@ -69,7 +69,9 @@ def test_segments_are_those_of_the_whole_file(tmp_path, clips, monkeypatch, spli
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_clip_that_is_damaged_late_is_removed_completely(tmp_path, clips, monkeypatch, split):
+def test_clip_whose_later_part_is_damaged_is_removed_completely(
+    tmp_path, clips, monkeypatch, split
+):
     names = ["sound.mp3", "breaks.mp3", "long.mp3", "short.mp3", "breaks.mp3"]
     monkeypatch.setattr(audio, "PART_SAMPLES", 30_000)
     written = []
@@ -170,7 +172,7 @@ def test_notebook_measures_the_level_of_a_long_clip_over_its_parts(tmp_path, cli
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A dataset of 24 clips, some of them longer than 29 s."""
+    """Write a dataset of 24 clips, some of them longer than 29 s."""
     return write_dataset(tmp_path_factory.mktemp("source"), seconds=(3, 32, 3, 31, 3))
 
 
@@ -198,7 +200,7 @@ def test_stop_is_29_s_by_default(data_dir, capsys):
     assert max(lengths) == 58
     expected = contents(data_dir)
 
-    # A build of an earlier version, which did not record the option, is resumed.
+    # A build of an earlier version, which did not record the option, can be resumed.
     del manifest["options"]["stop"]
     manifest_path.write_text(json.dumps(manifest))
     (data_dir / "tfrecord" / "train-0000-of-0001.tfrecord").unlink()
@@ -357,7 +359,7 @@ _MEASURED = """
 
 
 def measure(what, path, split="none", shard="none"):
-    """Return the number of segments that a process handled, and the MiB that this added."""
+    """Return the number of segments that a process handled, and the MiB of memory it added."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_MEASURED), ROOT, what, path, split, shard],
         capture_output=True, text=True, timeout=300,
@@ -368,7 +370,7 @@ def measure(what, path, split="none", shard="none"):
 
 @pytest.fixture(scope="module")
 def tracks(tmp_path_factory):
-    """Tracks of two minutes and an hour, with 10 and 318 MB of samples."""
+    """Write tracks of two minutes and of an hour, with 10 and 318 MB of samples."""
     folder = tmp_path_factory.mktemp("tracks")
     minute = encode_audio(folder / "minute.mp3", synthesise(60)).read_bytes()
     (folder / "minutes.mp3").write_bytes(2 * minute)
@@ -379,7 +381,7 @@ def tracks(tmp_path_factory):
 def assert_bounded(of_minutes, of_hour):
     print(f"2 and 60 minutes: {of_minutes} and {of_hour} (segments, MiB)")
     assert of_hour[0] > 29 * of_minutes[0] > 29 * 40
-    # A few times the 32 MiB of a part, but not the whole hour.
+    # The limit is a few times the 32 MiB of a part, and less than the samples of an hour.
     assert of_hour[1] - of_minutes[1] < 280
 
 

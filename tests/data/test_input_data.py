@@ -92,14 +92,14 @@ def test_other_tags_without_a_manifest_need_the_annotations(tmp_path):
     assert open_dataset(data_dir).tags == tuple(tags)
 
 
-def test_no_dataset_says_what_to_download(tmp_path):
+def test_error_of_a_missing_dataset_says_what_to_download(tmp_path):
     with pytest.raises(ShardError, match="download annotations_final"):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(ShardError, match="download annotations_final"):
         open_dataset(tmp_path)
 
 
-def test_no_shards_says_how_to_build_them(tmp_path):
+def test_error_of_missing_shards_says_how_to_build_them(tmp_path):
     (tmp_path / "tfrecord").mkdir()
     with pytest.raises(ShardError, match=f"python build_mtt.py --data-dir {tmp_path}"):
         open_dataset(tmp_path)
@@ -112,7 +112,7 @@ PART = 5  # segments
 
 
 def long_clips(lengths):
-    """Make clips of these numbers of segments; samples encode clip and position."""
+    """Make clips with the given numbers of segments; samples encode clip and position."""
     return [
         Clip(
             np.arange(length * 4, dtype=np.float32).reshape(length, 4) + 1000 * number,
@@ -179,7 +179,7 @@ def test_any_record_counts_as_a_clip(tmp_path, noise, is_context):
 
 @pytest.fixture(scope="module")
 def segments_dataset(tmp_path_factory):
-    """A dataset of many short segments whose samples are their numbers."""
+    """Write a dataset of many short segments, each filled with its number."""
     data_dir = tmp_path_factory.mktemp("segments")
     (data_dir / "tfrecord").mkdir()
     number = 0
@@ -241,7 +241,7 @@ def test_reader_reads_any_layout_and_verifies_it(tmp_path, encoding, change):
     dataset = open_dataset(tmp_path)
     segments, labels = direct(dataset)
     reader = SegmentReader(dataset)
-    for _ in range(2):  # later reads do not compute the checksum again
+    for _ in range(2):  # the second read does not compute the checksum again
         found = reader.read(np.arange(len(segments)))
         np.testing.assert_array_equal(found[0], segments)
         np.testing.assert_array_equal(found[1], labels)
@@ -293,7 +293,7 @@ def test_order_is_a_permutation_of_seed_stage_and_epoch():
     np.testing.assert_array_equal(order, shuffled_order(1000, seed=3, stage=1, epoch=2))
     for other in ((4, 1, 2), (3, 2, 2), (3, 1, 3)):
         assert not np.array_equal(order, shuffled_order(1000, *other))
-    # Segments move as far as in a perfect shuffle, not only within a window.
+    # Segments move as far as in a perfect shuffle, not only within a window of the order.
     assert np.abs(order - np.arange(1000)).mean() > 250
 
 
@@ -359,7 +359,7 @@ def test_epoch_is_a_perfect_shuffle(tmp_path):
     folder.mkdir()
     shards = []
     for shard in range(4):
-        # The samples are the clip and the segment's position in the shards.
+        # The samples encode the clip and the position of the segment in the shards.
         clips = [
             Clip(
                 np.array([[clip, clip * num_segments + n] for n in range(num_segments)], "f4"),
@@ -389,12 +389,12 @@ def test_epoch_is_a_perfect_shuffle(tmp_path):
         first_places.append(np.flatnonzero(samples[:, 1] == 0)[:1])
     reader.close()
 
-    # Expected of a perfect shuffle, within four standard errors.
+    # The expected number for a perfect shuffle, within four standard errors.
     num_batches = total // batch_size
     expected = num_batches * batch_size * (batch_size - 1) / 2 * (num_segments - 1) / (total - 1)
     room = 4 * (expected / num_epochs) ** 0.5
     assert np.mean(pairs) == pytest.approx(expected, abs=room)
-    # In stored order a batch of 23 has about a hundred such pairs.
+    # In stored order, a batch of 23 has about a hundred such pairs.
     assert expected < 0.05 * same_clip_pairs(np.repeat(np.arange(num_clips), 10), batch_size)
     assert abs(np.mean(correlations)) < 4 / (total * num_epochs) ** 0.5
     assert np.ptp(np.concatenate(first_places)) > total / 2

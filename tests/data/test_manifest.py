@@ -1,4 +1,4 @@
-"""The manifest and the names of shards: incomplete, mixed and invalid sets are refused."""
+"""The manifest and the names of shards: incomplete, mixed and invalid datasets are refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Records: TensorFlow's bytes in both directions, int16 samples, and records of other shapes."""
+"""Records: compatibility with TensorFlow, int16 samples, and records of other shapes."""
 
 from input_data import Clip, read_clips
 from toolkit.data.manifest import shard_name
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from shards import SPLIT_OF, TEST_SHARD, TRAIN_SHARD, assert_same_clips, make_clips, write_shard
 
-# --- Bytes of TensorFlow and the published program ------------------------------------------------
+# --- Compatibility with TensorFlow and the published program --------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def tf():
 
 
 def parse_with_tensorflow(tf, path):
-    """Yield the segments and labels of each record, read as by the published program."""
+    """Yield the segments and labels of each record, as the published program reads them."""
     labels_feature = {"raw_labels": tf.io.FixedLenFeature([], tf.string)}
     for record in tf.data.TFRecordDataset(str(path)):
         if path.name.endswith(".seq.tfrecord"):
@@ -58,7 +58,7 @@ def test_published_shard_reads_as_tensorflow_reads_it(golden, tf, name):
 
 
 @pytest.mark.parametrize("name", [TRAIN_SHARD, TEST_SHARD])
-def test_our_shard_of_published_samples_is_read_by_tensorflow(golden, tf, tmp_path, name):
+def test_tensorflow_reads_a_shard_of_the_toolkit(golden, tf, tmp_path, name):
     published = list(read_clips([golden / "tfrecord" / name]))
     path = write_shard(tmp_path / name, published)
     ours = parse_with_tensorflow(tf, path)
@@ -69,7 +69,7 @@ def test_our_shard_of_published_samples_is_read_by_tensorflow(golden, tf, tmp_pa
 
 
 @pytest.mark.parametrize("name", [TRAIN_SHARD, TEST_SHARD])
-def test_records_are_tensorflows_messages(tf, tmp_path, name):
+def test_records_equal_messages_of_tensorflow(tf, tmp_path, name):
     clips = make_clips()
     path = write_shard(tmp_path / name, clips)
     records = [record.numpy() for record in tf.data.TFRecordDataset(str(path))]
@@ -130,7 +130,7 @@ def test_shard_that_tensorflow_wrote_is_read(tf, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [TRAIN_SHARD, TEST_SHARD])
-def test_framing_is_tensorflows_byte_for_byte(tf, tmp_path, name):
+def test_framing_equals_that_of_tensorflow_byte_for_byte(tf, tmp_path, name):
     ours = write_shard(tmp_path / name)
     theirs = tmp_path / "theirs.tfrecord"
     with tf.io.TFRecordWriter(str(theirs)) as writer:
@@ -169,7 +169,7 @@ def test_records_can_be_removed_before_the_shard_is_finished(tmp_path):
     with written_whole(tmp_path / TRAIN_SHARD) as file:
         append_records(file, first)
         start = file.tell()
-        append_records(file, [bytes(1 << 20)] * 3)  # larger than the file's buffer
+        append_records(file, [bytes(1 << 20)] * 3)  # larger than the buffer of the file
         file.seek(start)
         file.truncate()
         append_records(file, second)

@@ -1,4 +1,4 @@
-"""Your own tables: from the file to the shards, their variants, and invalid tables."""
+"""Your own tables: builds from every form, variants of a table, and invalid tables."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from conftest import encode_audio, synthesise, write_annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-# Segments of half a second.
+# The segments are half a second long.
 OPTIONS = ["--sample-rate", "8000", "--num-samples", "4000", "--num-workers", "1"]
 # Path, artist and tags of the audio files.
 SONGS = [
@@ -30,12 +30,12 @@ SONGS = [
     ("rita/tango, slow.mp3", "Rita", ("loud", "guitar")),
     ("sol/ü ö.mp3", "Sol", ("folk", "blues")),
 ]
-TAGS = ("loud", "blues", "folk", "guitar")  # 2, 3, 3 and 4 clips; ties by name
+TAGS = ("loud", "blues", "folk", "guitar")  # of 2, 3, 3 and 4 clips; ties are sorted by name
 
 
 @pytest.fixture(scope="session")
 def songs(tmp_path_factory):
-    """Audio files in three formats and four folders."""
+    """Write audio files in three formats and four folders."""
     folder = tmp_path_factory.mktemp("songs")
     for number, (path, _, tags) in enumerate(SONGS):
         (folder / path).parent.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def quoted(*fields):
 
 
 def as_columns(folder):
-    """A CSV with columns of 0 and 1, and two other columns."""
+    """Write a CSV with tag columns of 0 and 1, and two other columns."""
     rows = [
         quoted(artist, path, *(int(tag in tags) for tag in TAGS), 1999 + number, "")
         for number, (path, artist, tags) in enumerate(SONGS)
@@ -65,14 +65,14 @@ def as_columns(folder):
 
 
 def as_lists(folder):
-    """A TSV with a column of lists, with semicolons."""
+    """Write a TSV with a column of tag lists, delimited by semicolons."""
     rows = ["\t".join((path, "; ".join(tags), artist)) for path, artist, tags in SONGS]
     options = ["--tags-column", "genres", "--tags-delimiter", ";", "--split-by", "folder"]
     return [write(folder / "lists.tsv", "path\tgenres\tartist", *rows)], options
 
 
 def as_jamendo(folder):
-    """MTG-Jamendo's three tables: one column per tag, to the end of the row."""
+    """Write three tables in MTG-Jamendo's form: one tag per column, to the end of the row."""
     written = {split: [] for split in ("train", "validation", "test")}
     for number, (path, artist, tags) in enumerate(SONGS):
         row = [f"track_{number:07}", f"artist_{artist}", "album_1", path, "124.6", *tags]
@@ -86,7 +86,7 @@ def as_jamendo(folder):
 
 
 def as_one_with_splits(folder):
-    """A table with semicolons and a column of the split."""
+    """Write a table delimited by semicolons, with a column of the split."""
     words = ("train", "TRAIN", "valid", "test")
     rows = [
         f"{path};{','.join(tags)};{words[number % 4]}"
@@ -127,7 +127,7 @@ def test_every_form_of_table_is_built(songs, tmp_path, capsys, form):
     else:
         assert splits == ["train", "train", "val", "test", "train", "train", "val"]
 
-    # The same command again builds nothing; other options or tables are refused.
+    # The same command builds nothing when repeated; other options or tables are refused.
     before = {path: path.stat().st_mtime_ns for path in (data_dir / "tfrecord").glob("*.tfrecord")}
     assert build_mtt.main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -161,7 +161,7 @@ def test_audio_suffix_replaces_the_extension(songs, tmp_path, capsys):
     assert sum(split["clips"] for split in manifest["splits"].values()) == 7
 
 
-def test_table_of_magnatagatune_is_read_as_such(golden):
+def test_table_of_magnatagatune_is_recognised(golden):
     path = golden / "annotations" / "small.csv"
     clips, tags, found = read_tables([path])
     expected, expected_tags = read_mtt(path)
@@ -238,7 +238,7 @@ def test_clip_ids_are_kept(tmp_path):
     st.integers(0, 2**31 - 1),
     st.randoms(use_true_random=False),
 )
-def test_groups_stay_in_one_split_near_the_shares(sizes, seed, random):
+def test_each_group_stays_in_one_split_and_the_splits_have_their_shares(sizes, seed, random):
     split_of = draw_splits(sizes, seed)
     assert split_of.keys() == sizes.keys()
     assert set(split_of.values()) == set(SPLITS)
@@ -248,7 +248,7 @@ def test_groups_stay_in_one_split_near_the_shares(sizes, seed, random):
     clips = Counter()
     for group, split in split_of.items():
         clips[split] += sizes[group]
-    # No split is more than two of the largest groups from its share.
+    # No split differs from its share by more than two of the largest groups.
     for split, share in SPLIT_SHARES.items():
         assert abs(clips[split] - share * sum(sizes.values())) <= 2 * max(sizes.values())
 
@@ -334,7 +334,7 @@ def test_splits_without_clips_are_noted(tmp_path):
         ("clip_id,path,split,x\n,a,train,1\n", "row 2, column 'clip_id': the field is empty"),
     ],
 )
-def test_invalid_table_is_refused_with_its_place(tmp_path, content, found):
+def test_error_of_an_invalid_table_names_row_and_column(tmp_path, content, found):
     path = tmp_path / "t.csv"
     path.write_text(content)
     with pytest.raises((AnnotationsError, UsageError)) as caught:
@@ -396,7 +396,7 @@ def test_missing_table_is_named(tmp_path, kind):
 
 
 @given(st.binary(max_size=60), st.integers(0, len(HEADER + ROWS)))
-def test_any_content_is_read_or_refused_by_one_line(tmp_path_factory, noise, place):
+def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, noise, place):
     whole = (HEADER + ROWS).encode()
     path = tmp_path_factory.getbasetemp() / "noise.csv"
     path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])

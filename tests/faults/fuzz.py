@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 MAX_SECONDS = 20  # per mutant, also on a busy machine
-MUTANTS_PER_PROCESS = 250  # Keras never frees all memory of a network
+MUTANTS_PER_PROCESS = 250  # Keras does not free all memory of a network
 MAX_BYTES = 1 << 30  # memory that reading may add to that of the loaded libraries
 
 
@@ -105,7 +105,7 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_keras(content: bytes, draw: random.Random) -> bytes:
-    """Damage an archive, or a file in it."""
+    """Damage a .keras archive, or a file in the archive."""
     if draw.random() < 0.3:
         return mutate_bytes(content, draw)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -126,7 +126,7 @@ def mutate_keras(content: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_shard(content: bytes, draw: random.Random) -> bytes:
-    """Damage a shard, or records before their checksums are computed."""
+    """Damage a shard, or its records before their checksums are computed."""
     from toolkit.data.records import index_records, write_records
 
     if draw.random() < 0.4:

@@ -1,4 +1,4 @@
-"""Builds that are killed, stopped or short of space: one line each, and the same bytes at last."""
+"""Builds that are killed, stopped or out of space end with one line and can be resumed."""
 
 import os
 import resource
@@ -36,7 +36,7 @@ TWO_WORKERS = ("--num-workers", "2")
 
 
 def assert_complete_shards(data_dir, finished):
-    """Check that the shards so far are those of an uninterrupted build."""
+    """Check that all existing shards equal those of an uninterrupted build."""
     for path in shards_in(data_dir):
         assert path.read_bytes() == (finished[0] / "tfrecord" / path.name).read_bytes()
 
@@ -64,10 +64,10 @@ def test_killed_build_resumes_to_the_same_bytes(finished, data_dir, num_shards):
 @needs_proc
 @pytest.mark.parametrize("seed", range(45))
 def test_build_killed_at_a_random_moment_resumes(finished, data_dir, seed):
-    """SIGKILL to a worker, the parent or all, between the first imports and the end."""
+    """Send SIGKILL to a worker, the parent or all, between the first imports and the end."""
     random = np.random.default_rng(seed)
     whom = ("worker", "parent", "all")[seed % 3]
-    # Half while workers start, half while shards are written, which is quick.
+    # Half of the kills are while workers start, half are while shards are written.
     num_shards, seconds = random.choice([(0, 0.8), (1, 0.1)])
     seconds = random.uniform(0, seconds)
     process = start(data_dir, *TWO_WORKERS)
@@ -100,7 +100,7 @@ def test_temporary_files_of_a_killed_build_are_removed(finished, data_dir):
 
 
 def test_two_writers_of_one_shard_do_not_interfere(tmp_path):
-    """An abandoned worker may still write while another replaces it, even with the same pid."""
+    """An abandoned worker may still write when its replacement starts, even with the same pid."""
     path = tmp_path / "train-0000-of-0001.tfrecord"
     records = [bytes([number]) * 100_000 for number in range(3)]
 
@@ -163,7 +163,7 @@ def test_signal_stops_the_build_with_one_line_and_without_leftovers(finished, da
 
 
 def run_program(program, data_dir):
-    """Build with two workers by a program that changes something first."""
+    """Build with two workers in a program that first changes the toolkit."""
     return subprocess.run(
         [sys.executable, "-c", program, *arguments(data_dir, *TWO_WORKERS)],
         cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60,
@@ -195,7 +195,7 @@ def test_death_of_a_worker_while_another_starts_ends_the_build(data_dir):
 
 
 def test_too_few_processes_are_one_line_that_names_the_option(data_dir):
-    """RLIMIT_NPROC does not limit root, so the second start raises the error of the limit."""
+    """RLIMIT_NPROC does not apply to root, so the second start raises the error of this limit."""
     program = """if True:
         import errno, multiprocessing.context, os, sys
         start = multiprocessing.context.SpawnProcess.start
@@ -221,7 +221,7 @@ def test_too_few_processes_are_one_line_that_names_the_option(data_dir):
 
 @pytest.mark.parametrize("lock", ["threading.Lock()", "None"])
 def test_error_that_cannot_be_pickled_or_unpickled_keeps_its_message(data_dir, tmp_path, lock):
-    script = tmp_path / "raising.py"  # workers import it too, without its last lines
+    script = tmp_path / "raising.py"  # workers also import the script, but not as __main__
     script.write_text(f"""if True:
         import sys, threading
         import build_mtt
@@ -263,7 +263,7 @@ def test_many_workers_start_under_a_low_limit_of_open_files(finished, data_dir):
 
 
 def test_file_that_cannot_be_written_is_named_in_one_line(capsys, data_dir):
-    # A folder has the name of the shard.
+    # The path of the shard is a folder.
     blocked = data_dir / "tfrecord" / "train-0002-of-0006.tfrecord"
     (blocked / "in the way").mkdir(parents=True)
     line = refusal(capsys, data_dir)
@@ -272,7 +272,7 @@ def test_file_that_cannot_be_written_is_named_in_one_line(capsys, data_dir):
 
 
 def test_full_disk_is_one_line_and_the_build_resumes(capsys, finished, data_dir, small_disk):
-    filler = fill_disk(small_disk, room=300_000)  # for some of the shards
+    filler = fill_disk(small_disk, room=300_000)  # enough for some of the shards
     (small_disk / "tfrecord").mkdir()
     (data_dir / "tfrecord").symlink_to(small_disk / "tfrecord")
     line = refusal(capsys, data_dir, *TWO_WORKERS)
@@ -286,7 +286,7 @@ def test_full_disk_is_one_line_and_the_build_resumes(capsys, finished, data_dir,
 
 
 def test_limit_of_file_sizes_is_one_line_and_the_build_resumes(finished, data_dir):
-    """Like a quota, where no small disk can be mounted."""
+    """Like a quota; this test also runs where no small disk can be mounted."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))

@@ -1,4 +1,4 @@
-"""Builds on a cluster whose workers, scheduler or disk fail: one line, then the same bytes."""
+"""Failures of workers, scheduler or disk in a cluster: one error line, and a build that resumes."""
 
 import signal
 import socket
@@ -13,7 +13,7 @@ from clusters import SLOW, line_of, refusal_of, start_cluster, started, wait_unt
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A scheduler without workers."""
+    """Start a scheduler without workers."""
     with start_cluster(tmp_path) as cluster:
         yield cluster
 
@@ -25,7 +25,7 @@ def test_killed_worker_does_not_change_the_shards(cluster, data_dir, finished):
         wait_until(lambda: written_by(data_dir, workers[1]))
         workers[1].kill()
         workers[1].wait()
-        assert written_by(data_dir, workers[1])  # it died while writing
+        assert written_by(data_dir, workers[1])  # the worker was killed while it wrote a shard
         _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert contents(data_dir) == contents(finished[0])
@@ -60,7 +60,7 @@ def test_stopped_worker_that_continues_later_changes_nothing(cluster, data_dir, 
     assert half_written
     assert contents(data_dir) == contents(finished[0])
     stopped.send_signal(signal.SIGCONT)
-    stopped.wait(timeout=60)  # it finishes its shard, and the scheduler ends it
+    stopped.wait(timeout=60)  # the worker finishes its shard; then the scheduler stops it
     assert contents(data_dir) == contents(finished[0])
 
 
@@ -114,7 +114,7 @@ def test_full_disk_of_a_worker_is_one_line_and_the_build_resumes(
     cluster, data_dir, finished, small_disk
 ):
     cluster.add_worker()
-    filler = fill_disk(small_disk, room=300_000)  # for some of the shards
+    filler = fill_disk(small_disk, room=300_000)  # enough for some of the shards
     (data_dir / "tfrecord").symlink_to(small_disk / "tfrecord")
     (small_disk / "tfrecord").mkdir()
     line = refusal_of(run(data_dir, "--scheduler", cluster.address))

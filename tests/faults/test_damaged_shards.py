@@ -1,4 +1,4 @@
-"""Damaged and truncated shards: an error that names the record, never wrong clips or a crash."""
+"""Damaged and truncated shards give an error that names the record."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def shard(request, tmp_path_factory):
 
 
 def read_or_refuse(path, content):
-    """Read a shard's clips; None if it is refused by one line that names the record."""
+    """Return the clips of a shard, or None if one line that names the record refuses the shard."""
     path.write_bytes(content)
     try:
         return list(read_clips([path]))

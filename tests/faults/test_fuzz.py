@@ -1,7 +1,8 @@
 """Files from untrusted sources: each damaged model file or shard is read or refused, within limits.
 
-The environment variable FUZZ_MUTATIONS sets the number of damaged model files of the slow test,
-which also reads a quarter as many shards (2000 take about 15 minutes). FUZZ_SEED selects them.
+The environment variable FUZZ_MUTATIONS sets the number of damaged model files in the slow test,
+which also reads a quarter as many damaged shards (2000 take about 15 minutes). FUZZ_SEED is the
+seed of the mutations.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Trainings that are killed or cannot write resume to the same weights."""
+"""Trainings that are killed or fail to write can be resumed and give the same weights."""
 
 import contextlib
 import errno
@@ -68,7 +68,7 @@ class TrainingProcess:
 def test_a_write_that_fails_loses_nothing(
     tiny_dataset, trained, tmp_path, capsys, monkeypatch, failing, epoch
 ):
-    """The disk is full when one of an epoch's files is written; the epoch is the best so far."""
+    """The disk is full when a file of an epoch is written; the epoch is the best so far."""
     log = tmp_path / "log" / "0"
     options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
     rename = os.replace
@@ -148,7 +148,7 @@ def test_runs_killed_at_random_moments_resume_to_the_same_weights(tiny_dataset, 
 
 @pytest.mark.slow
 def test_interrupted_runs_resume_to_the_same_weights(tiny_dataset, trained, tmp_path):
-    """Interrupt by SIGTERM and SIGINT within an epoch, then by SIGKILL, then finish."""
+    """Interrupt with SIGTERM, SIGINT and SIGKILL within an epoch, then finish."""
     options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
     log = tmp_path / "log"
 

@@ -1,4 +1,4 @@
-"""Model files for several tests: small networks, published files, and ways to change them."""
+"""Small networks, published model files, and functions that change model files."""
 
 import io
 import tempfile
@@ -92,7 +92,7 @@ def edit_weights(path, edit):
 
 
 def assert_refused(path, *parts, seconds=5):
-    """Check that `load` refuses a file in one line with these words, in little processor time."""
+    """Check that `load` refuses a file quickly, in one line with the given words."""
     started = time.process_time()
     with pytest.raises(CheckpointError) as caught:
         load(path)

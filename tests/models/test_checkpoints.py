@@ -1,4 +1,4 @@
-"""Checkpoints: .keras files keep network, weights, tags and training; other files are refused."""
+"""Checkpoints: .keras files store network, weights, tags and training state; errors."""
 
 import json
 import os
@@ -215,7 +215,7 @@ def test_compressed_content_is_refused(path, member):
 
 
 def test_compressed_content_that_declares_a_false_size_is_refused(path):
-    """The directory of the archive says 1,000 bytes for 300 MB."""
+    """The directory of the archive declares 1,000 bytes for 300 MB."""
     rewrite_member(path, "model.weights.h5", bytes(300 * 2**20), zipfile.ZIP_DEFLATED)
     content = path.read_bytes().replace((300 * 2**20).to_bytes(4, "little"), b"\xe8\x03\0\0")
     path.write_bytes(content)
@@ -257,7 +257,7 @@ def test_code_in_a_file_is_not_run(path, tmp_path, monkeypatch):
     assert not ran.exists() and "planted" not in sys.modules
     assert sorted(os.listdir(tmp_path)) == ["model.keras", "planted.py"]
     pickle.loads(pickle.dumps(OpensFile(ran))).close()
-    assert ran.exists()  # so the pickle would have been noticed
+    assert ran.exists()  # the pickle is able to run code
 
 
 _FULL_SIZE = """

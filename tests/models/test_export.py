@@ -66,7 +66,7 @@ def read_description(path):
 
 
 def small_checkpoint(block="se", seed=0, **options):
-    """Return a network with random weights and the batch statistics that result from them."""
+    """Return a network with random weights and matching batch statistics."""
     config = NetworkConfig(
         **{"block": block, "init_features": 3, "alpha": 2, "num_tags": len(TAGS)} | options
     )

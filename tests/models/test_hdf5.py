@@ -1,4 +1,4 @@
-"""HDF5 files from untrusted sources: links, other files' content and false sizes are refused."""
+"""HDF5 files from untrusted sources: links, external content and false sizes are refused."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Published checkpoints: networks are recognised and compute what the published program did."""
+"""Published checkpoints: networks are recognised and compute the published outputs."""
 
 import json
 import os

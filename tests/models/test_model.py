@@ -52,7 +52,7 @@ def uniform_limit(shape, published):
 
 
 def assert_uniform(kernel, limit, name):
-    """Check limit and spread; each check fails by chance for fewer than one kernel in a million."""
+    """Check limit and spread; by chance, a check fails for less than one in a million kernels."""
     n = kernel.size
     largest = np.abs(kernel).max() / limit
     assert largest <= 1 + 1e-6, name
@@ -61,7 +61,7 @@ def assert_uniform(kernel, limit, name):
     assert abs(kernel.mean()) / limit < 4 / n**0.5, name
 
 
-def test_number_of_parameters_is_the_published(full_size):
+def test_number_of_parameters_equals_the_published_number(full_size):
     key, network = full_size
     assert network.count_params() == PUBLISHED_PARAMETERS[key]
 
@@ -115,7 +115,7 @@ def test_each_block_divides_frames_by_three(full_size):
     assert maxima == (["block6_max", "block7_max", "block8_max"] if multi else ["block8_max"])
 
 
-def test_normalization_and_dropout(full_size):
+def test_parameters_of_normalization_and_dropout(full_size):
     (block, _), network = full_size
     for layer in layers_of(network, "BatchNormalization"):
         assert (layer.momentum, layer.epsilon) == (0.99, 1e-3), layer.name
@@ -136,7 +136,7 @@ def test_he_initial_weights():
 
 @pytest.mark.parametrize("block", ["se", "basic"])
 def test_published_initializer_has_the_limits_of_published_weights(golden, block):
-    """The published program's initial kernels fill the range of 'published', not more."""
+    """The published initial kernels fill exactly the range of 'published'."""
     shares, first_convolutions = [], 0
     with h5py.File(golden / "training" / f"{block}-initial.hdf5") as file:
         kernels = []
@@ -196,7 +196,7 @@ def test_longer_segments(block, num_samples):
         {"num_samples": 59048},
         {"block": "dense"},
         {"initializer": "glorot"},
-        {"alpha": 0.1},  # 2 features x 0.1 give no hidden unit
+        {"alpha": 0.1},  # 2 features x 0.1: less than one hidden unit
     ],
 )
 def test_impossible_networks_are_refused(options):

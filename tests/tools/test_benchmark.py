@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--block", "basic", "--init-features", "2", "--batch-size", "4", "--repeats", "1")
-# Python imports sitecustomize from PYTHONPATH when it starts; this one hides TensorFlow.
+# Python imports sitecustomize from PYTHONPATH at start-up. This version hides TensorFlow.
 WITHOUT_TENSORFLOW = """
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
@@ -33,7 +33,7 @@ def read_figures(path):
     return json.loads(path.read_text())["figures"]
 
 
-def test_operations_are_counted_as_by_hand():
+def test_number_of_operations_equals_that_computed_by_hand():
     network = build_network(NetworkConfig("basic", False, num_tags=7, init_features=2))
     frames, width = 19683, 2
     flops = 2 * frames * 3 * 1 * 2

@@ -1,4 +1,4 @@
-"""The demo dataset: MagnaTagATune's format, tags that can be heard, the same bytes every time."""
+"""The demo dataset: MagnaTagATune's format, consistent tags, reproducible bytes."""
 
 import collections
 import csv
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 NUM_CLIPS = 16
-# Of the tag columns of MagnaTagATune's annotations_final.csv, joined by tabs.
+# Hash of the tag columns of MagnaTagATune's annotations_final.csv, joined by tabs.
 MTT_TAGS_SHA256 = "3dd7db8cf6a028433e11b2f692652234bed2637f82f9d35275c725f988d3f3ea"
 SPLIT_FOLDERS = {"train": "0123456789ab", "val": "c", "test": "def"}
 
@@ -30,7 +30,7 @@ def make(out, *options):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A dataset of one clip per folder."""
+    """Make a dataset of one clip per folder."""
     out = tmp_path_factory.mktemp("demo") / "dataset"
     assert make(out, "--num-workers", "1") == 0
     return out
@@ -138,7 +138,7 @@ def test_no_tag_contradicts_its_clip():
         assert clip.tags & {"quiet", "loud"} <= {clip.recipe.level}
 
 
-def test_synonyms_are_omitted_now_and_then():
+def test_synonyms_are_sometimes_omitted():
     tags = [clip.tags for clip in plan_clips() if "man" in clip.recipe.instruments]
     assert {len(tags & {"male", "male vocal", "male voice", "man"}) for tags in tags} >= {3, 4}
 
@@ -167,7 +167,9 @@ def test_error_names_a_folder_that_cannot_be_made(tmp_path, capsys):
         (lambda: multiprocessing.active_children()[0].kill(), 1, "a worker process died"),
     ],
 )
-def test_signal_or_death_of_a_worker_stops_in_one_line(tmp_path, capsys, stop, status, error):
+def test_signal_or_death_of_a_worker_ends_the_program_with_one_line(
+    tmp_path, capsys, stop, status, error
+):
     def stop_at_first_clip():
         while not [*tmp_path.rglob("*.mp3")]:
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Training on several devices and hosts, simulated on one CPU: equal losses, and lost hosts."""
+"""Training on several devices and hosts, simulated on one CPU: equal losses, lost hosts."""
 
 import csv
 import os
@@ -23,7 +23,7 @@ ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": str(ROOT),
-    # Compile the network once, not in each of some thirty processes.
+    # Cache the compiled network, which some thirty processes use.
     "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="jax-"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
@@ -65,7 +65,7 @@ def start_job(*runs, **more):
 
 
 def finish(*trainings):
-    """Wait until all have succeeded; return the messages of each."""
+    """Wait until all processes have succeeded; return the messages of each."""
     written = [training.communicate(timeout=300) for training in trainings]
     said = [errors for _, errors in written]
     assert [training.returncode for training in trainings] == [0] * len(trainings), said
@@ -113,7 +113,7 @@ def test_one_process_two_devices_and_two_processes_have_equal_losses(tiny_datase
     for name in ("alone", "devices", "cached", "processes", "both"):
         losses = read_losses(tmp_path / name)
         assert losses[:2] == pytest.approx(expected[:2], abs=1e-5), name
-        # Rounding differences grow from then on.
+        # In later epochs, rounding differences grow.
         assert losses[3:5] == pytest.approx(expected[3:5], abs=1e-3), name
         last = tmp_path / name / "0" / "resume.keras"
         with_l2 = validation_loss_of(last, tiny_dataset, 0.001)
@@ -170,7 +170,7 @@ def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
 def test_a_lost_host_ends_the_others_with_an_error_and_the_job_resumes(
     tiny_dataset, tmp_path, victim, signal_number
 ):
-    """SIGSTOP leaves connections open, like a host without power or network."""
+    """SIGSTOP leaves connections open, like the loss of power or network."""
     pytest.importorskip("jax")
     log = tmp_path / "log"
     job = start_job(*[(tiny_dataset, log, *LONG)] * 2)
@@ -192,7 +192,7 @@ def test_a_lost_host_ends_the_others_with_an_error_and_the_job_resumes(
     num_finished = len(read_losses(log)) // 3
     run = (tiny_dataset, log, "--max-epochs", str(num_finished + 2), "--patience", "500")
     first, _ = finish(*start_job(run, run))
-    # resume.keras may have been written, and training.csv not yet.
+    # The job may have stopped after it wrote resume.keras and before training.csv.
     starts = [f"from epoch {num_finished + more}\n" in first for more in (0, 1)]
     assert any(starts), first
     assert len(read_losses(log)) // 3 == num_finished + 2
@@ -207,7 +207,7 @@ def test_a_job_stopped_by_sigterm_resumes(tiny_dataset, tmp_path):
     for training in job:
         training.send_signal(signal.SIGTERM)
     said = [training.communicate(timeout=60)[1] for training in job]
-    # The second process may wait for the first one, which has ended.
+    # The second process may be waiting for the first one when the first one ends.
     assert job[0].returncode == 143 and job[1].returncode in (143, 1, 134), said
     run = (tiny_dataset, log, "--max-epochs", str(len(read_losses(log)) // 3 + 1))
     first, _ = finish(*start_job(run, run))

@@ -1,7 +1,7 @@
 """The first training steps are those of the published network, loss and optimizer.
 
-The expected values are from the published program with all gradients of a step taken before any
-update, and without dropout (tests/golden/README.md, training_ordered). Later steps diverge by
+The expected values are from the published program, with all gradients of a step computed before
+any update, and without dropout (tests/golden/README.md, training_ordered). Later steps diverge by
 rounding.
 
     KERAS_BACKEND=jax python tests/training/test_golden_steps.py
@@ -21,10 +21,10 @@ GOLDEN = ROOT / "tests" / "golden"
 NAMES = ("se", "basic", "rese", "res", "rese-l2")
 # Tolerances of the first loss, of all weights after step 1, and of the losses of steps 2 and 3.
 TOLERANCES = (1e-6, 1e-5, 1e-4, 1e-4)
-# The golden values are float32 themselves: the same steps in float64 differ from them by 8.8e-5 in
-# the third loss of basic, and by 1.4e-4 in the weights and 1.3e-3 in the third loss of res. Code
-# that rounds differently may differ by that much more; the rounding of XLA adds 4e-4 to the third
-# loss of res. TensorFlow without XLA rounds like the published program for res.
+# Additional tolerances. The golden values are float32: the same steps in float64 differ from the
+# golden values by 8.8e-5 in the third loss of basic, and by 1.4e-4 in the weights and 1.3e-3 in the
+# third loss of res. A backend that rounds differently may differ by as much; XLA adds another 4e-4
+# to the third loss of res. For res, TensorFlow without XLA rounds like the published program.
 ROUNDING = {"basic": (0, 0, 0, 8.8e-5), "res": (0, 1.4e-4, 0, 1.3e-3 + 6e-4)}
 
 

@@ -1,4 +1,4 @@
-"""The training loop for JAX takes the same steps as Keras's loop, however they are dispatched."""
+"""The training loop for JAX computes the same steps as Keras's loop, with any dispatch."""
 
 import os
 import subprocess
@@ -62,7 +62,7 @@ PROGRAM = """
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["float32", "int16"])
 def test_loops_give_the_same_losses_and_weights(tiny_dataset, tmp_path, encoding):
-    """Keras's loop, one and three steps per dispatch, and segments in device memory."""
+    """Compare Keras's loop, one and three steps per dispatch, and segments in device memory."""
     data_dir = tiny_dataset
     if encoding == "int16":
         data_dir = write_dataset(tmp_path / "data", num_clips=20)

@@ -1,4 +1,4 @@
-"""train.py: the arithmetic of a step, stages, their files, and where a stage starts."""
+"""train.py: the arithmetic of a step, stages and their files, resuming, and errors."""
 
 import json
 import os
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def log(trained, tmp_path):
-    """A copy of `trained` that a test may change."""
+    """Copy `trained` for a test that changes the folder."""
     return Path(shutil.copytree(trained, tmp_path / "log"))
 
 
@@ -50,7 +50,7 @@ def log(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("momentum", "stage"), [(0.0, 0), (0.9, 0), (0.9, 2)])
-def test_steps_are_the_written_formula(stage, momentum):
+def test_steps_follow_the_published_formula(stage, momentum):
     """Keras 2's SGD: v = m v - lr_t g, then w += m v - lr_t g, with a decreasing learning rate."""
     import keras
 
@@ -83,7 +83,7 @@ def test_steps_are_the_written_formula(stage, momentum):
     ("losses", "patience", "max_epochs", "finished_at"),
     [
         ([0.5, 0.4, 0.3], 2, 100, None),
-        ([0.5, 0.5, 0.5], 1, 100, 2),  # an equal loss is no improvement
+        ([0.5, 0.5, 0.5], 1, 100, 2),  # an equal loss is not an improvement
         ([0.5, 0.6, 0.7, 0.8], 2, 100, 3),
         ([0.5, 0.6, 0.4, 0.41, 0.42, 0.43, 0.44], 3, 100, 6),
         ([0.5, 0.4, 0.3], 2, 3, 2),
@@ -142,7 +142,7 @@ def test_files_and_history(trained):
 
 
 def test_validation_columns_are_those_of_the_checkpoint(tiny_dataset, trained):
-    """The best checkpoint has the scores of its row when evaluated by other code."""
+    """Evaluated by other code, the best checkpoint has the scores of its row."""
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     path = find_best(trained / "1")
@@ -254,7 +254,7 @@ def test_published_shards(golden, tmp_path):
     best = find_best(tmp_path / "log" / "0")
     tags, clips, _, _ = eval_script.evaluate(best, tmp_path / "data")
     assert (len(tags), len(clips)) == (50, 1)
-    # One clip does not have both classes of any tag: the scores are NaN.
+    # A single clip does not have both classes of a tag, so the scores are NaN.
     tested = json.loads((tmp_path / "log" / "0" / "test.json").read_text())
     assert tested == {"checkpoint": best.name, "roc_auc": None, "pr_auc": None}
 
@@ -279,7 +279,7 @@ def test_without_test_shards_no_stage_is_tested(tiny_dataset, log, tmp_path, cap
 
 
 def start(tiny_dataset, train_dir, stage, *more, max_epochs=3):
-    """Train up to `max_epochs` of one stage, as the stages of `trained`."""
+    """Train one stage for up to `max_epochs` epochs, with the options of `trained`."""
     more = ("--max-epochs", max_epochs, "--num-lr-decays", stage + 1, "--initial-stage", stage,
             "--lr", 0.05, "--seed", 3, *more)  # fmt: skip
     return train.main(arguments(tiny_dataset, train_dir, *more))
@@ -314,10 +314,12 @@ def test_first_stage_starts_from_weights_that_depend_on_the_seed(tiny_dataset, t
 
 
 @pytest.mark.slow
-def test_own_best_without_resume(tiny_dataset, trained, log, capsys):
+def test_a_stage_without_resume_file_continues_from_its_best_checkpoint(
+    tiny_dataset, trained, log, capsys
+):
     (log / "1" / "resume.keras").unlink()
     for path in (log / "1").glob("ckpt-e001-*"):
-        path.unlink()  # then the best epoch is 0, and epoch 1 is trained again
+        path.unlink()  # now epoch 0 is the best, and epoch 1 is trained again
     assert start(tiny_dataset, log, 1, max_epochs=2) == 0
     assert "stage 1: learning rate 0.01, from epoch 1\n" in capsys.readouterr().err
     rows = history_of(log / "1")
@@ -326,15 +328,17 @@ def test_own_best_without_resume(tiny_dataset, trained, log, capsys):
 
 
 @pytest.mark.slow
-def test_previous_best(tiny_dataset, trained, tmp_path, capsys):
-    """A stage that is started separately equals that of an uninterrupted run."""
+def test_a_stage_starts_from_the_best_checkpoint_of_the_previous_one(
+    tiny_dataset, trained, tmp_path, capsys
+):
+    """A stage that is started separately gives the same result as in an uninterrupted run."""
     shutil.copytree(trained / "0", tmp_path / "log" / "0")
     assert start(tiny_dataset, tmp_path / "log", 1, max_epochs=2) == 0
     assert "stage 1: learning rate 0.01, from epoch 0\n" in capsys.readouterr().err
     assert_same_weights(tmp_path / "log" / "1" / "resume.keras", trained / "1" / "resume.keras")
 
 
-def test_no_previous_best(tiny_dataset, tmp_path, capsys):
+def test_a_stage_without_a_previous_checkpoint_is_refused(tiny_dataset, tmp_path, capsys):
     assert start(tiny_dataset, tmp_path / "log", 2) == 2
     message = capsys.readouterr().err
     assert f"{tmp_path / 'log' / '1'} has none" in message
@@ -463,7 +467,7 @@ def test_resuming_without_the_earlier_momentum_is_refused(tiny_dataset, log, cap
 # --- Errors and options --------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite(tiny_dataset, log, capsys):
+def test_a_loss_that_is_not_finite_stops_training(tiny_dataset, log, capsys):
     best = find_best(log / "1").read_bytes()
     more = ("--lr", 1e30, "--num-lr-decays", 3, "--max-epochs", 2)
     assert train.main(arguments(tiny_dataset, log, *more)) == 1
@@ -474,7 +478,7 @@ def test_a_loss_that_is_not_finite(tiny_dataset, log, capsys):
     assert not list(log.glob("2/*.keras"))
 
 
-def test_a_damaged_shard(tiny_dataset, tmp_path, capsys):
+def test_a_damaged_shard_stops_training(tiny_dataset, tmp_path, capsys):
     """Errors of the reading threads are reported in one line."""
     data_dir = Path(shutil.copytree(tiny_dataset, tmp_path / "data"))
     shard = sorted((data_dir / "tfrecord").glob("train-*"))[0]
@@ -495,7 +499,7 @@ def test_a_damaged_shard(tiny_dataset, tmp_path, capsys):
         (("--block", "se", "--alpha", 0.1), "alpha 0.1"),
     ],
 )
-def test_options_that_do_not_fit(tiny_dataset, tmp_path, capsys, more, part):
+def test_options_that_do_not_fit_are_refused(tiny_dataset, tmp_path, capsys, more, part):
     assert train.main(arguments(tiny_dataset, tmp_path / "log", *more)) == 2
     assert part in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "log").exists()
@@ -521,8 +525,8 @@ def test_a_second_training_is_refused(tiny_dataset, log, capsys):
     assert not leftover.exists()
 
 
-def test_ignored_options_that_differ_from_the_shards(tiny_dataset, log, capsys):
-    """tiny_dataset has shards of 4 or 6 clips, and clips of 1 to 3 segments."""
+def test_ignored_options_that_differ_from_the_shards_are_reported(tiny_dataset, log, capsys):
+    """The dataset has shards of 4 or 6 clips, and clips of 1 to 3 segments."""
     for given, expected in (
         ((), []),
         (("--num-audios-per-shard", 4), []),
@@ -538,7 +542,7 @@ def test_ignored_options_that_differ_from_the_shards(tiny_dataset, log, capsys):
             assert line.startswith(part)
 
 
-def test_published_options(capsys):
+def test_the_options_of_the_published_program_are_accepted(capsys):
     with pytest.raises(SystemExit) as caught:
         train.main(["--help"])
     assert caught.value.code == 0
@@ -551,7 +555,7 @@ def test_published_options(capsys):
         "--num-lr-decays": "5", "--num-audios-per-shard": "100",
         "--num-segments-per-audio": "10", "--num-read-threads": "8",
     }.items():  # fmt: skip
-        # An entry is the option, its help, and its default at the end.
+        # An entry of the help is the option, its description, and its default at the end.
         entry = next(part for part in entries if part.startswith(f"{option} "))
         assert f"(default: {default})" in entry, option
         value = getattr(train.build_parser().parse_args([]), option[2:].replace("-", "_"))
