@@ -16,7 +16,7 @@ from toolkit.prediction import load_for_dataset, predict_clips
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_annotations
+from conftest import write_other_tags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -190,17 +190,15 @@ def test_a_model_must_fit_the_dataset(tiny_dataset, tmp_path, changes, message):
 def test_an_hdf5_of_other_tags_is_evaluated_and_extracted(golden, tmp_path, capsys):
     """The published program may have trained it on a dataset with 50 other tags."""
     data_dir = published_shards(golden, tmp_path / "data")
-    moods = [f"mood {number}" for number in range(50)]
-    rows = [[2 + number, *np.eye(50, dtype=int)[number], f"0/{number}.mp3"] for number in range(50)]
-    write_annotations(data_dir / "annotations_final.csv", rows, moods)
-    assert open_dataset(data_dir).tags == tuple(moods)
+    tags = write_other_tags(data_dir)
+    assert open_dataset(data_dir).tags == tags
     path = golden / "checkpoints" / "se-multi.hdf5"
     line = f"{path}: the file names no tags: using those of {data_dir}"
     command = [str(path), "--data-dir", str(data_dir)]
     assert eval_script.main([*command, "--report", str(tmp_path)]) == 0
     assert line in capsys.readouterr().err.splitlines()
     header = (tmp_path / "predictions.csv").read_text().splitlines()[0]
-    assert header == ",".join(["clip_id", "mp3_path", *moods])
+    assert header == ",".join(["clip_id", "mp3_path", *tags])
     assert extract_excitations.main([*command, "--out", str(tmp_path / "x.parquet")]) == 0
     assert line in capsys.readouterr().err.splitlines()
-    assert list(pd.read_parquet(tmp_path / "x.parquet").columns) == ["ex", "depth", *moods]
+    assert list(pd.read_parquet(tmp_path / "x.parquet").columns) == ["ex", "depth", *tags]
