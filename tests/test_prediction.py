@@ -1,11 +1,10 @@
 """Predictions over clips: batches, means, and models that fit a dataset."""
 
-import json
-import shutil
 import weakref
 from dataclasses import replace
 
 import eval as eval_script
+import extract_excitations
 from input_data import Clip, open_dataset, read_clips
 from model import build_network
 from toolkit.errors import UsageError
@@ -15,10 +14,13 @@ from toolkit.models.config import NetworkConfig
 from toolkit.prediction import load_for_dataset, predict_clips
 
 import numpy as np
+import pandas as pd
 import pytest
+from conftest import write_other_tags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
+from test_eval import published_shards
 
 
 class Sums:
@@ -185,14 +187,18 @@ def test_a_model_must_fit_the_dataset(tiny_dataset, tmp_path, changes, message):
         load_for_dataset(path, dataset)
 
 
-def test_a_model_file_without_tags_takes_the_tags_of_the_dataset(golden, tiny_dataset, tmp_path):
+def test_an_hdf5_file_takes_the_tags_of_the_dataset(golden, tmp_path, capsys):
     """An .hdf5 file may have been trained on a dataset with 50 other tags."""
-    data_dir = tmp_path / "data"
-    shutil.copytree(tiny_dataset, data_dir)
-    manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
-    manifest["tags"] = [f"mood {number}" for number in range(50)]
-    (data_dir / "tfrecord" / "manifest.json").write_text(json.dumps(manifest))
-    path, said = golden / "checkpoints" / "se-multi.hdf5", []
-    loaded = load_for_dataset(path, open_dataset(data_dir), said.append)
-    assert loaded.tags == tuple(manifest["tags"])
-    assert said == [f"{path}: the file names no tags: using those of {data_dir}"]
+    data_dir = published_shards(golden, tmp_path / "data")
+    tags = write_other_tags(data_dir)
+    assert open_dataset(data_dir).tags == tags
+    path = golden / "checkpoints" / "se-multi.hdf5"
+    line = f"{path}: the file names no tags: using those of {data_dir}"
+    command = [str(path), "--data-dir", str(data_dir)]
+    assert eval_script.main([*command, "--report", str(tmp_path)]) == 0
+    assert line in capsys.readouterr().err.splitlines()
+    header = (tmp_path / "predictions.csv").read_text().splitlines()[0]
+    assert header == ",".join(["clip_id", "mp3_path", *tags])
+    assert extract_excitations.main([*command, "--out", str(tmp_path / "x.parquet")]) == 0
+    assert line in capsys.readouterr().err.splitlines()
+    assert list(pd.read_parquet(tmp_path / "x.parquet").columns) == ["ex", "depth", *tags]

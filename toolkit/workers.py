@@ -144,13 +144,14 @@ class _Worker:
         """Run the function on a task in the worker."""
         try:
             self._connection.send(task)
-            while (reply := self._connection.recv()) is None:
+            while (message := self._connection.recv())[0] == "counted":
                 self.num_counted += 1
         except (EOFError, OSError):
             raise _WorkerDiedError from None
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
+        kind, value = message
+        if kind == "error":
+            raise value
+        return value
 
     def kill(self) -> None:
         self._process.kill()
@@ -160,16 +161,17 @@ class _Worker:
 
 
 def _work(function: Callable, connection: Connection) -> None:
-    """Handle tasks in a worker process: send None per counted item, then the result."""
+    """Handle tasks in a worker process: send each counted item, then the result or the error."""
     _exit_with_parent()
     with suppress(EOFError, OSError):  # the parent has closed the pipe
         while True:
             task = connection.recv()
             try:
-                reply = function(task, partial(connection.send, None))
+                result = function(task, partial(connection.send, ("counted", None)))
             except Exception as error:
-                reply = _picklable(error)
-            connection.send(reply)
+                connection.send(("error", _picklable(error)))
+            else:
+                connection.send(("result", result))
 
 
 def _exit_with_parent() -> None:

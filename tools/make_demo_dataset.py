@@ -253,11 +253,10 @@ def make_demo_dataset(options: Options) -> list[Clip]:
     return clips
 
 
-def _write_mp3(task: tuple[Path, Clip], count: Callable[[], None]) -> str:
-    """Write a clip in a worker process; return its path, because a result must not be None."""
+def _write_mp3(task: tuple[Path, Clip], count: Callable[[], None]) -> None:
+    """Write a clip in a worker process."""
     path, clip = task
     write_atomically(path, encode_mp3(synthesise_clip(clip)))
-    return clip.mp3_path
 
 
 def build_parser() -> argparse.ArgumentParser:

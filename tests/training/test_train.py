@@ -24,6 +24,7 @@ from toolkit.training.stage import StageState
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import write_other_tags
 from training_runs import (
     COLUMNS,
     ONE_EPOCH,
@@ -396,10 +397,14 @@ def test_dropout_and_weight_decay_may_change(tiny_dataset, trained, log, capsys)
 
 @pytest.mark.slow
 def test_published_log_folder(golden, tmp_path, capsys):
-    """The next stage starts from a published checkpoint; its own stage continues from it."""
+    """The next stage starts from a published checkpoint; its own stage continues from it.
+
+    The checkpoint names no tags, and the tags of the dataset are not MagnaTagATune's.
+    """
     folder = tmp_path / "data" / "tfrecord"
     shutil.copytree(golden / "tfrecord", folder)
     shutil.copy(folder / "train-0000-of-0001.tfrecord", folder / "val-0000-of-0001.tfrecord")
+    tags = write_other_tags(tmp_path / "data")
     log = tmp_path / "log"
     (log / "0").mkdir(parents=True)
     published = log / "0" / "ckpt-e003-l0.1234.hdf5"
@@ -410,11 +415,11 @@ def test_published_log_folder(golden, tmp_path, capsys):
     more = ("--initial-stage", 1, "--num-lr-decays", 2)
     assert train.main(arguments(tmp_path / "data", log, *options, *more)) == 0
     said = capsys.readouterr().err
-    assert f"{published}: names no tags: using the tags of {tmp_path / 'data'}\n" in said
+    assert f"{published}: the file names no tags: using those of {tmp_path / 'data'}\n" in said
     assert "stage 1: learning rate 2e-31, from epoch 0\n" in said
     kernel, expected = (weights_of(path)[0] for path in (log / "1" / "resume.keras", published))
     np.testing.assert_array_equal(kernel, expected)
-    assert checkpoints.load(log / "1").tags == open_dataset(tmp_path / "data").tags
+    assert checkpoints.load(log / "1").tags == tags
 
     assert train.main(arguments(tmp_path / "data", log, *options, "--num-lr-decays", 1)) == 0
     said = capsys.readouterr().err
