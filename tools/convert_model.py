@@ -40,7 +40,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if output.suffix not in (".keras", *FORMATS):
         raise UsageError(f"{output}: expected a name that ends in .keras, {', '.join(FORMATS)}")
     if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: there is no folder {output.absolute().parent}")
+        raise UsageError(f"{output}: the folder {output.absolute().parent} does not exist")
     cli.check_model(arguments.model_path)
     backend.import_keras()
     from toolkit.models import checkpoints

@@ -99,7 +99,7 @@ def test_invalid_tags_are_refused(published, tmp_path, capsys, content, message)
     [
         ("se-multi.hdf5", "se.h5", "ends in .keras, .onnx, .savedmodel, .tflite"),
         ("none.hdf5", "se.keras", "no such model file"),
-        ("se-multi.hdf5", "none/se.onnx", "there is no folder "),
+        ("se-multi.hdf5", "none/se.onnx", "none does not exist"),
     ],
 )
 def test_invalid_paths_are_refused(published, tmp_path, capsys, model, output, message):

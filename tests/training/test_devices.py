@@ -221,10 +221,10 @@ def test_hosts_that_differ_are_refused(tiny_dataset, tmp_path, tmp_path_factory)
     build_mtt.build(other, num_audios_per_shard=6, num_workers=1)
     log = tmp_path / "log"
     for first, second, expected in (
-        ((tiny_dataset, log), (other, log), "not the same on all hosts: give all the same"),
+        ((tiny_dataset, log), (other, log), "not the same on all hosts: use the same dataset"),
         (
             (tiny_dataset, log, "--lr", "0.01"), (tiny_dataset, log, "--lr", "0.02"),
-            "options: not the same on all hosts: give all the same",
+            "options: not the same on all hosts: run the same command",
         ),
         (
             (tiny_dataset, tmp_path / "here"), (tiny_dataset, tmp_path / "there"),
