@@ -1,4 +1,4 @@
-"""Keras and its backend: which one, imported quietly, and on which device it runs."""
+"""Select Keras's backend, import Keras without log output, and name the backend's devices."""
 
 import importlib.util
 import json
@@ -24,8 +24,8 @@ _BACKENDS = {
 def import_keras() -> None:
     """Import Keras and its backend without their log output.
 
-    The backend is that of KERAS_BACKEND, or of Keras's configuration file, or the first installed
-    one of TensorFlow, JAX and PyTorch.
+    The environment variable KERAS_BACKEND selects the backend, or else Keras's configuration file.
+    Without either, the backend is the first installed one of TensorFlow, JAX and PyTorch.
 
     Raises
     ------
@@ -50,9 +50,10 @@ def choose_jit(choice: str, block: str) -> bool:
     Parameters
     ----------
     choice : {'auto', 'on', 'off'}
-        ``auto`` compiles where that was measured to be faster (docs/performance.md): always on
-        JAX, never on PyTorch, and on TensorFlow networks of se and basic blocks. On TensorFlow's
-        CPU device, rese networks train several times slower compiled than not compiled.
+        ``auto`` compiles where compiled networks were measured to be faster (docs/performance.md):
+        always on JAX, never on PyTorch, and on TensorFlow only for networks of se and basic blocks.
+        On TensorFlow's CPU device, compiled rese networks train several times slower than networks
+        that are not compiled.
     block : str
         The network's building block.
     """
@@ -106,7 +107,7 @@ def _is_installed(backend: str) -> bool:
 
 
 def import_quietly(*modules: str) -> None:
-    """Import libraries without log output that a user cannot act on.
+    """Import libraries; suppress log output that a user cannot act on.
 
     Parameters
     ----------
