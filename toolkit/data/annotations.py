@@ -38,7 +38,7 @@ MTT_TOP_TAGS = (
 
 # Shares of the clips, as in MagnaTagATune.
 SPLIT_SHARES = {"train": 0.75, "val": 0.08, "test": 0.17}
-# `draw_splits` uses the best of so many draws, which assign at most so many groups in all.
+# Limits of `draw_splits`: number of draws, and number of assigned groups in all draws together.
 _NUM_DRAWS = 200
 _MAX_GROUPS_DRAWN = 50_000
 
@@ -216,7 +216,7 @@ def is_inside(path: str) -> bool:
 
 
 def with_suffix(paths: Iterable[str], suffix: str) -> list[str]:
-    """Replace the file name extension of each path, such as by ``.low.mp3``.
+    """Replace the file name extension of each path, for example with ``.low.mp3``.
 
     Raises
     ------
@@ -241,7 +241,7 @@ def with_suffix(paths: Iterable[str], suffix: str) -> list[str]:
 def check_links(
     paths: Iterable[str], names: Iterable[str], audio_dir: Path, tables: Sequence[Path]
 ) -> None:
-    """Check that no symbolic link leads out of the audio folder, which may be a link itself.
+    """Check that no symbolic link leads out of the audio folder; the folder itself may be a link.
 
     Parameters
     ----------
@@ -269,7 +269,7 @@ def check_links(
         if not target.is_relative_to(inside):
             raise AnnotationsError(
                 f"{_find_in(tables, name)}: a link leads from {path} out of {audio_dir}, to "
-                f"{target}: replace it by the file"
+                f"{target}: replace the link with the file"
             )
 
 
@@ -316,7 +316,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     repeated = [*header[header.duplicated()], *({"split", "shard"} & set(header))]
     if repeated:
         raise AnnotationsError(
-            f"{path}: row 1, column {repeated[0]!r}: the name is taken; rename this column"
+            f"{path}: row 1, column {repeated[0]!r}: this name is reserved or appears "
+            "twice; rename the column"
         )
     if len(table.columns) < 3:
         raise AnnotationsError(f"{path}: no tag columns between {CLIP_ID!r} and {MP3_PATH!r}")
