@@ -1,7 +1,9 @@
 """Convert a model file to .keras, or export it to a format that other programs run.
 
-python -m tools.convert_model se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras
-python -m tools.convert_model log/4 se-multi.onnx
+    python -m tools.convert_model se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras
+    python -m tools.convert_model log/4 se-multi.onnx
+
+The extension of the output's name selects the format.
 """
 
 import argparse

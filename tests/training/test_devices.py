@@ -130,10 +130,10 @@ def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
     two = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
     for environment, options, expected in (
-        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: not an integer"),
+        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: expected an integer"),
         (
             two | {"KERAS_DISTRIBUTION_PROCESS_ID": "2"}, (),
-            "PROCESS_ID=2: the processes are 0 to 1",
+            "PROCESS_ID=2: expected 0 to 1",
         ),
         (
             two | {"KERAS_DISTRIBUTION_PROCESS_ID": "0"}, (),
@@ -145,9 +145,9 @@ def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
         ),
         (
             {"KERAS_DISTRIBUTION_JOB_ADDRESSES": "node1:9331"}, (),
-            "NUM_PROCESSES: expected the number of processes that train together",
+            "NUM_PROCESSES=: expected the number of processes that train together",
         ),
-        (two, (), "PROCESS_ID: expected the number of this process"),
+        (two, (), "PROCESS_ID=: expected the number of this process"),
         ({"KERAS_BACKEND": "torch"}, (), "--distribute: needs KERAS_BACKEND=jax"),
         (
             {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, (),
