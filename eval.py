@@ -31,7 +31,7 @@ import numpy as np
 def evaluate(
     model_path: str | Path, data_dir: str | Path, batch_size: int = DEFAULT_BATCH_SIZE
 ) -> tuple[tuple[str, ...], list[Clip], np.ndarray, Scores]:
-    """Predict the tags of the test clips and score them.
+    """Predict the tags of the test clips and score the predictions.
 
     Parameters
     ----------

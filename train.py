@@ -81,7 +81,7 @@ def train(
         for stage in range(options.initial_stage, options.num_lr_decays):
             state, checkpoint = start_stage(run, stage)
             if state.finished:
-                run.job.say(f"stage {stage}: already finished, best {state.best_loss:.4f}")
+                run.job.say(f"stage {stage}: already finished, best val_loss {state.best_loss:.4f}")
             else:
                 train_stage(run, stage, state, checkpoint)
             tested = test_best(run, stage)

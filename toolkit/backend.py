@@ -66,7 +66,7 @@ def choose_jit(choice: str, block: str) -> bool:
 
 
 def device_names() -> list[str]:
-    """Return the names of the backend's accelerators; an empty list if it computes on the CPU."""
+    """Return the names of the backend's accelerators; an empty list on the CPU."""
     import keras
 
     name = keras.backend.backend()
@@ -96,7 +96,7 @@ def _default_backend() -> str:
         configured = json.loads((folder / "keras.json").read_text())["backend"]
     except (OSError, ValueError, KeyError, TypeError):
         configured = preferred
-    # Keras writes "tensorflow" to the file when it is first imported, with any backend.
+    # When first imported, Keras writes "tensorflow" to the file, whatever the backend.
     if configured != preferred:
         return configured
     return next(filter(_is_installed, _BACKENDS), preferred)
@@ -127,7 +127,7 @@ def import_quietly(*modules: str) -> None:
 
 @contextmanager
 def stderr_held() -> Iterator[None]:
-    """Discard what libraries write to stderr; print it only if an exception is raised."""
+    """Discard the output of libraries to stderr, but print the output if an exception is raised."""
     # TensorFlow's C++ code writes to the file descriptor before it reads any setting.
     with tempfile.TemporaryFile() as held:
         sys.stderr.flush()

@@ -12,7 +12,7 @@ _RESAMPLES_AT_ONCE = 128  # so that their counts fit into the cache of a core
 
 @dataclass
 class Scores:
-    """Scores of each tag: how well the predictions rank the clips that carry it.
+    """Scores of each tag: how well the predictions rank clips with the tag above other clips.
 
     Attributes
     ----------

@@ -55,13 +55,13 @@ def load_for_dataset(
         if of_model != of_data:
             raise UsageError(
                 f"{model_path}: the model is for {of_model} {what}, but {dataset.path} has "
-                f"{of_data}: use a dataset and a model that belong together"
+                f"{of_data}: use a dataset and a model that match"
             )
     for number, (of_model, of_data) in enumerate(zip(checkpoint.tags, dataset.tags, strict=True)):
         if of_model != of_data:
             raise UsageError(
                 f"{model_path}: tag {number} is {of_model!r} in the model, but {of_data!r} in "
-                f"{dataset.path}: use a dataset and a model that belong together"
+                f"{dataset.path}: use a dataset and a model that match"
             )
     return checkpoint
 

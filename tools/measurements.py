@@ -57,7 +57,7 @@ def measure_rate(
     stage: str, what: str, unit: str, call: Callable[[], object], amount: float, repeats: int,
     limit: float | None = None,
 ) -> Figure:  # fmt: skip
-    """Measure the units of work per second; each call does `amount` units of work."""
+    """Measure the units of work per second; each call blocks until `amount` units are done."""
     call()
     started = time.perf_counter()
     call()

@@ -109,8 +109,8 @@ def top_tags(counts: np.ndarray, names: list[str], num_tags: int = NUM_TAGS) -> 
     """
     ascending = np.argsort(np.asarray(counts), kind="stable")
     chosen = tuple(names[column] for column in ascending[-num_tags:])
-    # Counts tie in the original annotations. The published 50 are also kept if one of them ties
-    # with another tag at the last place.
+    # Some counts in the original annotations are equal. Keep the published 50 tags even if one of
+    # them shares the lowest count with another tag.
     cutoff = counts[ascending[-num_tags:][0]]
     count_of = dict(zip(names, counts, strict=True))
     if num_tags == len(MTT_TOP_TAGS) and all(
@@ -311,8 +311,8 @@ def _read_table(path: Path) -> pd.DataFrame:
                 f"{path}: no column {column!r}: found {len(table.columns)} columns, the first "
                 f"{table.columns[0][:40]!r}; expected {CLIP_ID!r}, one column per tag, {MP3_PATH!r}"
             )
-    # pandas renames the second of two columns with the same name. The columns of splits and shards
-    # would replace tags with these names.
+    # pandas renames the second of two columns with the same name. The columns split and shard,
+    # which the toolkit adds, would replace tags with these names.
     repeated = [*header[header.duplicated()], *({"split", "shard"} & set(header))]
     if repeated:
         raise AnnotationsError(

@@ -87,7 +87,7 @@ def decode_pieces(
     Raises
     ------
     AudioError
-        As `decode`. For a damaged file it may be raised after some pieces.
+        As `decode`. For a damaged file, the error may be raised after some pieces.
     """
     path = Path(path)
     try:
@@ -266,7 +266,7 @@ def import_madmom():
         setattr(module, name, value)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations in madmom, which no user can fix
+            warnings.simplefilter("ignore")  # deprecation warnings that users cannot fix
             from madmom.audio import signal
     except ImportError as error:
         raise UsageError(

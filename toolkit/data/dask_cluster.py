@@ -35,8 +35,9 @@ CONNECT_SECONDS = 10  # timeout
 _CLOSE_SECONDS = 5  # timeout
 _TOPIC = "build_mtt"
 _RETRY = "run the same command again to resume"
-# The only module at the top of the zip file: distributed imports it, and it makes the package
-# importable. A worker may still have the package of an earlier build, possibly with other code.
+# The only module at the top of the zip file: distributed imports this module, which makes the
+# package importable. A worker may still have the package of an earlier build, possibly with other
+# code.
 _STARTER = """
 import os, sys
 package = os.path.join(os.path.dirname(__file__), "package")
@@ -52,7 +53,7 @@ class _Requirements:
     """Files and versions that a worker needs to take part in a build."""
 
     # Paths are strings: pathlib's pickles differ between versions of Python.
-    mark: str  # a file beside the shards that exists while the build runs
+    mark: str  # a file in the folder of the shards that exists while the build runs
     audio_dir: str
     clip: str  # path of an existing file in audio_dir
     clip_bytes: int  # size of this file

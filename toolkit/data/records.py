@@ -232,7 +232,7 @@ def _set_features(features: Features, values: dict[str, bytes]) -> None:
 
 
 class _InvalidError(Exception):
-    """The content of a record is invalid; `decode_record` adds shard and number."""
+    """The content of a record is invalid; the caller adds the shard and the record's number."""
 
 
 def decode_record(
@@ -439,7 +439,9 @@ def _encoding(features: Features) -> str:
     if ENCODING_FEATURE in features.feature:
         encoding = _value(features, ENCODING_FEATURE).decode(errors="replace")
     if encoding not in ENCODINGS:
-        raise _InvalidError(f"samples are encoded as {encoding!r}")
+        raise _InvalidError(
+            f"samples are encoded as {encoding!r}, expected {' or '.join(ENCODINGS)}"
+        )
     return encoding
 
 

@@ -1,4 +1,4 @@
-"""Shards as tasks: plan them, find the finished ones, and build one.
+"""Plan shards as tasks, find the finished shards, and build a shard.
 
 To build a shard, a worker decodes its clips, cuts them into segments, and writes the records.
 """

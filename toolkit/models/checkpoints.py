@@ -224,7 +224,7 @@ def _open_keras_weights(path: Path):
 
 
 def _read_member(path: Path, name: str, max_bytes: int) -> bytes:
-    """Read an uncompressed file of a .keras archive; Keras compresses none.
+    """Read a file of a .keras archive; the file must be uncompressed, as Keras writes it.
 
     The declared size of a compressed file can be false, so decompression could fill the memory.
     """

@@ -168,7 +168,7 @@ def _export_litert(path: Path, checkpoint: Checkpoint) -> float:
     with tempfile.TemporaryDirectory() as folder, backend.stderr_held():
         _save_signature(Path(folder), checkpoint)
         file = io.BytesIO(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
-        # LiteRT ignores what follows its content, and a zip archive ignores what precedes it.
+        # LiteRT ignores bytes after its content, and zip readers ignore bytes before the archive.
         with zipfile.ZipFile(file, "a") as archive:
             archive.writestr(DESCRIPTION_NAME, _description_text(checkpoint))
         run = Interpreter(model_content=file.getvalue()).get_signature_runner("serving_default")

@@ -150,7 +150,7 @@ def assign(variable, dataset, name: str, path: str | Path) -> None:
 
 
 def check_sizes(config: NetworkConfig, datasets: dict, path: Path) -> None:
-    """Check that a file stores enough numbers for the network that it declares.
+    """Check that a file stores enough numbers for the network that the file declares.
 
     Otherwise a small file could cause the allocation of a large network.
 

@@ -1,4 +1,4 @@
-"""The tags of models whose files do not name them."""
+"""Names of the tags of models whose files contain none."""
 
 import json
 from pathlib import Path

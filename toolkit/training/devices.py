@@ -234,7 +234,7 @@ class Job:
 
 @contextmanager
 def open_job(distribute: bool, check_stop: Callable[[], None]) -> Iterator[Job]:
-    """Find the devices and, with JAX, the other processes; distribute Keras over them.
+    """Find the devices, connect the processes (JAX), and make Keras use all devices.
 
     This function must be called before Keras computes anything.
 

@@ -73,7 +73,7 @@ class EventLog:
     """
 
     def __init__(self, stage_dir: Path, history: list[dict]):
-        # TensorBoard imports TensorFlow if it is installed, which logs.
+        # If TensorFlow is installed, TensorBoard imports TensorFlow, which writes to stderr.
         with backend.stderr_held():
             from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
             from tensorboard.summary.writer.event_file_writer import EventFileWriter

@@ -67,7 +67,7 @@ def read_environment() -> tuple[int, int]:
 
 @contextmanager
 def connected(num_processes: int, process: int, check_stop: Callable[[], None]) -> Iterator[None]:
-    """Connect this process to the others; report it if one of them is lost.
+    """Connect this process to the other processes; raise an error if another host is lost.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def _connect(address: str, num_processes: int, process: int) -> None:
 
 @contextmanager
 def _stdout_discarded() -> Iterator[None]:
-    """Discard what Gloo prints to stdout about its connections."""
+    """Discard stdout, to which Gloo prints messages about its connections."""
     sys.stdout.flush()
     stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)

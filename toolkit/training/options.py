@@ -40,11 +40,7 @@ class TrainingOptions:
         group="training", type=cli.positive_float, metavar="DC",
     )  # fmt: skip
     initial_stage: int = option(
-        0,
-        "number of the first stage to train, from 0",
-        group="training",
-        type=cli.non_negative_int,
-        metavar="N",
+        0, "first stage to train, from 0", group="training", type=cli.non_negative_int, metavar="N"
     )
     patience: int = option(
         2, "number of epochs without a lower validation loss that do not end a stage: a stage ends "

@@ -219,7 +219,7 @@ def _previous_best(run: Run, stage: int) -> Path:
 
 
 def _load_for(run: Run, path: Path) -> Checkpoint:
-    """Load a checkpoint and check that it fits the dataset and the options."""
+    """Load a checkpoint; check that the checkpoint fits the dataset and the options."""
     checkpoint = load_for_dataset(path, run.dataset, run.job.say)
     is_published = path.suffix == ".hdf5"
     different = [
@@ -272,7 +272,7 @@ def _read_state(checkpoint: Checkpoint, path: Path) -> StageState:
     except (AttributeError, KeyError, TypeError):
         raise TrainingError(
             f"{path}: has no training state, so the stage cannot resume from this file: to start a "
-            "stage from its weights, move the file to the folder of the previous stage"
+            "stage from its weights, put the file in the folder of the previous stage"
         ) from None
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def make_predictor(run: Run, network: "keras.Model"):
-    """Return an object that predicts batches: the network, or a `JaxPredictor` with `job.mesh`."""
+    """Return an object that predicts batches: the network, or with `job.mesh` a `JaxPredictor`."""
     if run.job.mesh:
         from toolkit.training.jax_loop import JaxPredictor
 
