@@ -1,5 +1,5 @@
-# `make demo` and `make test` install everything into .venv and run it. The README has each step as
-# a command. To use another Python: make demo PYTHON=python3.12
+# `make demo` and `make test` create .venv, install all packages there, and run the demo or tests.
+# The README lists the commands of the demo. To use another Python: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	@echo "  $(DEMO)/log                        checkpoints, training.csv and event logs of 2 stages"
 	@echo "  $(DEMO)/report                     test scores: metrics.json, per_tag.csv, per_tag.png"
 	@echo "  $(DEMO)/excitations.pkl            mean excitations of the test clips"
-	@echo "  $(DEMO)/excitation_analysis.ipynb  the analysis, executed on them"
+	@echo "  $(DEMO)/excitation_analysis.ipynb  the notebook, executed on these excitations"
 
 # Execute the committed notebook on the demo, without timings and widget state.
 notebook: $(VENV)/installed
@@ -40,7 +40,7 @@ notebook: $(VENV)/installed
 	  --ClearMetadataPreprocessor.preserve_cell_metadata_mask=tags \
 	  --ClearMetadataPreprocessor.clear_notebook_metadata=False
 
-# In one process per core, at most 4: each takes about 1 GB.
+# One process per core, but at most 4: each needs about 1 GB of memory.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/installed

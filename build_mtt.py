@@ -68,8 +68,8 @@ class BuildOptions:
     """Options of build_mtt.py, except for the form of tables (`tables.TableForm`)."""
 
     data_dir: str = option(
-        "./dataset", f"folder of the dataset, to which {SHARD_FOLDER}/ is written; contains "
-        f"{ANNOTATIONS_NAME} and {AUDIO_FOLDER}/ unless other options name them",
+        "./dataset", f"folder of the dataset: {ANNOTATIONS_NAME} and {AUDIO_FOLDER}/ are read from "
+        f"this folder unless other options name them, and {SHARD_FOLDER}/ is written to it",
         group="data", metavar="PATH",
     )  # fmt: skip
     num_tags: int = option(
@@ -96,8 +96,8 @@ class BuildOptions:
         100, "clips per shard", group="shards", type=cli.positive_int, metavar="N"
     )
     encoding: str = option(
-        "float32", "type of the stored samples; int16 halves the size and rounds to 2^-16 of full "
-        "scale, and the published program cannot read it",
+        "float32", "type of the stored samples; int16 halves the size, rounds to 2^-16 of full "
+        "scale, and cannot be read by the published program",
         group="shards", choices=ENCODINGS,
     )  # fmt: skip
     num_workers: int | None = option(
@@ -114,8 +114,8 @@ class BuildOptions:
         group="machine", choices=DECODERS,
     )  # fmt: skip
     annotations: tuple[str, ...] = option(
-        (), "CSV or TSV tables with the same columns and one row per clip; the names of several "
-        "tables may determine the split, as in x-train.tsv x-validation.tsv x-test.tsv",
+        (), "CSV or TSV tables with the same columns and one row per clip; several tables may be "
+        "named after their splits, as in x-train.tsv x-validation.tsv x-test.tsv",
         shown=f"{ANNOTATIONS_NAME} in --data-dir",
         group="your own data", nargs="+", metavar="FILE",
     )  # fmt: skip
@@ -124,8 +124,7 @@ class BuildOptions:
         shown=f"{AUDIO_FOLDER}/ in --data-dir", group="your own data", metavar="PATH",
     )  # fmt: skip
     audio_suffix: str | None = option(
-        None, "file name extension of the audio files, such as .low.mp3, instead of that in the "
-        "tables",
+        None, "file name extension that replaces those in the tables, such as .low.mp3",
         shown="as in the tables", group="your own data", metavar="SUFFIX",
     )  # fmt: skip
     form: TableForm = TableForm()  # noqa: RUF009  # its options are declared in its own class
@@ -145,7 +144,7 @@ class BuildOptions:
 
     def recorded(self) -> dict:
         """Return the options that determine the content of the shards, for the manifest."""
-        # Without --audio-dir the folder is mp3/, even if that is a link.
+        # Without --audio-dir, record mp3/ even if mp3/ is a link to another folder.
         audio_dir = AUDIO_FOLDER
         if self.audio_dir is not None:
             audio_dir = os.path.relpath(self.audio_folder.resolve(), Path(self.data_dir).resolve())
@@ -164,7 +163,7 @@ class BuildOptions:
         }
 
 
-# Options that builds of earlier versions did not record, with the values that these used.
+# Options that earlier versions did not record, with the values that these versions used.
 _UNRECORDED = {
     "stop": CLIP_SECONDS,
     "encoding": "float32",
@@ -176,7 +175,7 @@ _UNRECORDED = {
 
 
 def build(data_dir: str | Path, **options) -> dict:
-    """Build the shards of a dataset, or those that are missing.
+    """Build the shards of a dataset, except for those that an earlier run finished.
 
     Parameters
     ----------
@@ -193,7 +192,7 @@ def build(data_dir: str | Path, **options) -> dict:
     Raises
     ------
     AnnotationsError, BuildError, UsageError
-        The dataset is missing, the tables and options do not fit together, shards of another build
+        The dataset is missing, the tables and options are inconsistent, shards of another build
         exist, another build is running, a worker died, or the cluster cannot be used.
     Interrupted
         A signal arrived.
@@ -201,7 +200,7 @@ def build(data_dir: str | Path, **options) -> dict:
     options = BuildOptions(data_dir, **options)
     if options.scheduler is not None:
         _import_dask_cluster()
-        # Workers have another working directory.
+        # Workers have another working directory, so they need absolute paths.
         absolute = options.audio_dir and Path(options.audio_dir).absolute()
         options = dataclasses.replace(
             options, data_dir=Path(data_dir).absolute(), audio_dir=absolute
@@ -242,8 +241,8 @@ def _check_input(options: BuildOptions) -> None:
     seconds = options.num_samples / options.sample_rate
     if options.stop is not None and options.stop * options.sample_rate < options.num_samples:
         raise UsageError(
-            f"--stop {as_typed(options.stop)}: at {options.sample_rate} Hz that is less than one "
-            f"segment of {options.num_samples} samples, {seconds:.3g} s"
+            f"--stop {as_typed(options.stop)}: shorter than one segment of {options.num_samples} "
+            f"samples, {seconds:.3g} s at {options.sample_rate} Hz"
         )
     if not options.annotations and not options.tables[0].exists():
         raise BuildError(missing_dataset_message(options.data_dir))
@@ -251,7 +250,7 @@ def _check_input(options: BuildOptions) -> None:
         if not options.annotations and options.audio_dir is None:
             raise BuildError(missing_dataset_message(options.data_dir))
         raise BuildError(
-            f"{options.audio_folder}: no such folder: give the audio folder by --audio-dir"
+            f"{options.audio_folder}: no such folder: give the audio folder with --audio-dir"
         )
     if options.decoder == "madmom":
         import_madmom()  # report an error here rather than in a worker
@@ -269,7 +268,7 @@ def _read_annotations(options: BuildOptions):
     if options.audio_suffix is not None:
         clips[MP3_PATH] = with_suffix(clips[MP3_PATH], options.audio_suffix)
     folder = options.audio_folder
-    # os.path.isfile returns False for paths that are invalid or must not be read.
+    # os.path.isfile returns False for invalid paths and for paths without read permission.
     if not any(os.path.isfile(folder / mp3_path) for mp3_path in clips[MP3_PATH]):
         raise BuildError(
             f"{folder}: contains none of the {len(clips)} clips: expected files such as "
@@ -283,7 +282,7 @@ def _read_annotations(options: BuildOptions):
 
 
 def _make_shards(tasks: list, done: dict[str, dict], options: BuildOptions) -> None:
-    """Let workers build the shards that are not done; record each when it is finished."""
+    """Build the missing shards on the workers and record each finished shard."""
     to_do = [task for task in tasks if task.path.name not in done]
     num_clips = sum(len(task.clips) for task in tasks)
     num_done = num_clips - sum(len(task.clips) for task in to_do)
@@ -383,7 +382,7 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{Path(sys.argv[0]).name}: error: {len(skipped):,} of {num_clips:,} clips "
             f"({percent:.1f} %) were skipped, more than --max-skipped {options.max_skipped:g}: all "
             "shards were built without them; add or replace the files and run the same command "
-            "again, or allow more"
+            "again, or use a higher --max-skipped"
         )
         return 1
     return 0

@@ -4,7 +4,7 @@
     python eval.py se-multi-auc_0.9111-tfrmodel.hdf5 --report ./report
     python eval.py log/4 log-rese/4 --report ./report
 
-A clip's prediction is the mean over its segments, and a score is the mean over tags. A report
+A clip's prediction is the mean over its segments. A printed score is the mean over tags. A report
 contains 95 % bootstrap intervals of the scores and of the differences between models.
 """
 
@@ -31,7 +31,7 @@ import numpy as np
 def evaluate(
     model_path: str | Path, data_dir: str | Path, batch_size: int = DEFAULT_BATCH_SIZE
 ) -> tuple[tuple[str, ...], list[Clip], np.ndarray, Scores]:
-    """Predict the tags of the test clips and score them.
+    """Predict the tags of the test clips and score the predictions.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def evaluate(
     Raises
     ------
     ShardError, UsageError, CheckpointError
-        The dataset has no test clips, it does not fit the model, or one of them is damaged.
+        The dataset has no test clips, the model does not fit the dataset, or a file is damaged.
     """
     dataset = open_dataset(data_dir)
     if not dataset.splits["test"].num_clips:
@@ -89,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_model(
         data,
         "model_paths",
-        "a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint; several models "
-        "are compared with the first",
+        "a .keras, .hdf5 or .h5 file, or a stage's folder (its best checkpoint is used); several "
+        "models are compared with the first",
         nargs="+",
     )
     cli.add_data_dir(data)
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=cli.non_negative_int,
         default=0,
-        help="seed of the bootstrap that gives the intervals (default: 0)",
+        help="random seed of the bootstrap intervals (default: 0)",
     )
     return cli.add_general(parser)
 
@@ -132,8 +132,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         unscored = tags_without_score(tags, scores)
         if unscored and not all_scores:
             messages.say(
-                f"{messages.count(len(unscored), 'tag')} left out of the averages, because all "
-                f"test clips or none have the tag: {', '.join(unscored)}"
+                f"{messages.count(len(unscored), 'tag')} excluded from the averages, because "
+                f"all test clips or none have the tag: {', '.join(unscored)}"
             )
         suffix = "" if len(names) == 1 else f" ({name})"
         print(f"=> @ ROC AUC score: {scores.macro_roc_auc:.4f}{suffix}")

@@ -6,7 +6,7 @@
 The table has one row per clip and depth, in the published form: ``ex``, the excitation of each
 channel, averaged over the clip's segments; ``depth``, 0 for the first block to 8 for the last; one
 column of 0 and 1 per tag. The index names the clip: ``clip_id`` and ``mp3_path``. A file name that
-ends in ``.parquet`` selects Parquet, any other a pickle.
+ends in ``.parquet`` selects Parquet; any other name selects a pickle.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def extract(
     Raises
     ------
     ShardError, UsageError, CheckpointError
-        The dataset has no test clips or a tag with the name of another column, the model has no
-        excitations or does not fit the dataset, or one of them is damaged.
+        The dataset has no test clips, a tag has the name of another column, the model has no
+        excitations or does not fit the dataset, or a file is damaged.
     """
     from model import build_excitations
 
@@ -85,7 +85,7 @@ def extract(
             rows.append((clip_mean(output).astype(np.float32), depth))
             labels.append(clip.labels)
             identities.append((clip.clip_id, clip.mp3_path))
-    # Strings of Python: pandas's own need pyarrow to read the pickle.
+    # Use Python strings: to load pandas's own string type from a pickle, users need pyarrow.
     levels = [pd.Index(level, dtype=object) for level in zip(*identities, strict=True)]
     index = pd.MultiIndex.from_arrays(levels, names=INDEX)
     tags = pd.DataFrame(np.array(labels), columns=list(checkpoint.tags), index=index)
@@ -98,7 +98,7 @@ def write(path: str | Path, table: "pd.DataFrame") -> None:
     Parameters
     ----------
     path : str or Path
-        File to write; the suffix ``.parquet`` selects Parquet, any other a pickle.
+        File to write; the extension ``.parquet`` selects Parquet, any other selects a pickle.
     table : pd.DataFrame
         Result of `extract`.
     """
@@ -121,8 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("model and data")
     cli.add_model(
         data,
-        what="a .keras, .hdf5 or .h5 file of se or rese blocks, or a stage's folder for its best "
-        "checkpoint",
+        what="a .keras, .hdf5 or .h5 file of se or rese blocks, or a stage's folder (its best "
+        "checkpoint is used)",
     )
     cli.add_data_dir(data)
     machine = parser.add_argument_group("machine")
@@ -132,8 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         metavar="PATH",
         default="./excitations.pkl",
-        help="file to write: Parquet if the name ends in .parquet, which cannot contain code, else "
-        "a pickle (default: ./excitations.pkl)",
+        help="file to write: Parquet if the name ends in .parquet, otherwise a pickle; unlike a "
+        "pickle, Parquet cannot contain code (default: ./excitations.pkl)",
     )
     return cli.add_general(parser)
 
@@ -146,7 +146,7 @@ def _extract(arguments: argparse.Namespace) -> None:
     cli.check_model(arguments.model_path)
     output = Path(arguments.out)
     if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: there is no folder {output.absolute().parent}")
+        raise UsageError(f"{output}: the folder {output.absolute().parent} does not exist")
     open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
     backend.import_keras()
     table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)

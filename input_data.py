@@ -4,9 +4,10 @@
     for clip in read_clips(dataset.splits["test"].shards):
         ...
 
-``manifest.json`` describes the shards. Shards without it, such as those of the published program,
-are counted by their record headers. TensorFlow is not needed: an index of the record headers gives
-random access to the segments, so an epoch is a perfect shuffle with a few batches in memory.
+``manifest.json`` describes the shards. Without a manifest, as in datasets of the published program,
+clips and segments are counted from the record headers. TensorFlow is not needed: an index of the
+record headers gives random access to the segments, so each epoch is perfectly shuffled with only a
+few batches in memory.
 """
 
 from collections.abc import Iterable, Iterator
@@ -73,13 +74,14 @@ def open_dataset(data_dir: str | Path) -> Dataset:
     Returns
     -------
     Dataset
-        From ``manifest.json`` if there is one. Otherwise counted by record headers, with the tags
-        of ``annotations_final.csv``, or MagnaTagATune's if there are 50 labels.
+        Read from ``manifest.json`` if this file exists. Otherwise clips and segments are counted
+        from the record headers, and the tags are those of ``annotations_final.csv`` or, if this
+        file is missing and there are 50 labels, those of MagnaTagATune.
 
     Raises
     ------
     ShardError
-        There are no shards, shards are missing, or they belong to different sets.
+        There are no shards, shards are missing, or the shards belong to different sets.
     AnnotationsError
         There is no manifest and the tags are unknown.
     """
@@ -90,7 +92,7 @@ def open_dataset(data_dir: str | Path) -> Dataset:
     shards = find_shards(folder)
     if not any(shards.values()):
         raise ShardError(
-            f"{folder}: no shards: build them by: python build_mtt.py --data-dir {data_dir}"
+            f"{folder}: no shards: build them with: python build_mtt.py --data-dir {data_dir}"
         )
     manifest_path = folder / MANIFEST_NAME
     if manifest_path.exists():
@@ -109,7 +111,7 @@ def _dataset_from_manifest(data_dir: Path, shards: dict, manifest: dict) -> Data
             state = "missing" if odd in names else f"not in {MANIFEST_NAME}"
             raise ShardError(
                 f"{data_dir / SHARD_FOLDER}: {odd} is {state}: the {split} shards and the manifest "
-                "do not belong together; build again"
+                "do not match: run build_mtt.py again"
             )
         _check_file_sizes(shards[split], listed["shards"])
         splits[split] = Split(shards[split], listed["clips"], listed["segments"])
@@ -130,8 +132,9 @@ def _check_file_sizes(paths: list[Path], entries: list[dict]) -> None:
         num_bytes = path.stat().st_size
         if expected[path.name] not in (None, num_bytes):
             raise ShardError(
-                f"{path}: {num_bytes} bytes, expected {expected[path.name]} by {MANIFEST_NAME}: "
-                "truncated or of another build: run build_mtt.py again to rebuild this shard"
+                f"{path}: {num_bytes} bytes, but {MANIFEST_NAME} lists {expected[path.name]}: the "
+                "shard is truncated or belongs to another build: run build_mtt.py again to rebuild "
+                "this shard"
             )
 
 
@@ -147,7 +150,7 @@ def _dataset_from_headers(data_dir: Path, shards: dict) -> Dataset:
     first = next(path for split in SPLITS for path in shards[split])
     clip = next(read_clips([first]), None)
     if clip is None:
-        raise ShardError(f"{first}: the shard contains no records")
+        raise ShardError(f"{first}: the shard contains no records: run build_mtt.py again")
     return Dataset(
         path=data_dir,
         tags=_tags_of_annotations(data_dir, len(clip.labels)),
@@ -164,8 +167,8 @@ def _tags_of_annotations(data_dir: Path, num_tags: int) -> tuple[str, ...]:
     if num_tags == len(MTT_TOP_TAGS):
         return MTT_TOP_TAGS
     raise AnnotationsError(
-        f"{annotations_path}: no such file, and shards without a manifest do not name their "
-        f"{num_tags} tags"
+        f"{annotations_path}: no such file, but shards without a manifest do not name their "
+        f"{num_tags} tags: copy the table that the shards were built from to this path"
     )
 
 
@@ -182,14 +185,14 @@ def read_clips(
     shards : iterable of str or Path
         Shards of any split.
     num_samples, num_tags : int or None
-        Expected samples per segment and number of labels; None expects those of the first record.
+        Expected samples per segment and number of labels; None for those of the first record.
 
     Yields
     ------
     Clip
         Consecutive segments with the same ``clip_id``. A clip longer than `audio.PART_SAMPLES`
-        comes in several parts. A segment without a ``clip_id``, as in training shards of the
-        published program, is a clip.
+        comes in several parts. Each segment without a ``clip_id``, as in training shards of
+        the published program, is yielded as a clip.
 
     Raises
     ------
@@ -197,7 +200,7 @@ def read_clips(
         A record is damaged or has another shape.
     """
     for path in shards:
-        pending, num_pending = [], 0  # a part, yielded when its last segment is known
+        pending, num_pending = [], 0  # records of a part, which is yielded when complete
         for number, record in enumerate(read_records(path)):
             clip = decode_record(record, path, number, num_samples, num_tags)
             del record  # free its memory before the next record is read
@@ -244,7 +247,7 @@ class SegmentReader:
     Raises
     ------
     ShardError
-        A shard is damaged, or their segments are not as many as in the manifest.
+        A shard is damaged, or the number of segments differs from that in the manifest.
     """
 
     def __init__(self, dataset: Dataset, split: str = "train", num_threads: int = 8):
@@ -255,7 +258,7 @@ class SegmentReader:
         allow_open_files(len(self._paths))
         self._files = [open(path, "rb", buffering=0) for path in self._paths]  # noqa: SIM115
         indexes = list(self._threads.map(index_records, self._paths))
-        # One row per segment: number of its shard, number in the shard, offset, length.
+        # One row per segment: shard, record number in the shard, offset and length in bytes.
         self._records = np.concatenate(
             [
                 np.column_stack([np.full(len(index), shard), np.arange(len(index)), index])
@@ -268,8 +271,8 @@ class SegmentReader:
         if expected is not None and self.num_segments != expected:
             self.close()
             raise ShardError(
-                f"{dataset.path / SHARD_FOLDER}: {self.num_segments} {split} segments, expected "
-                f"{expected} by {MANIFEST_NAME}: delete this folder and run build_mtt.py again"
+                f"{dataset.path / SHARD_FOLDER}: {self.num_segments} {split} segments, but "
+                f"{MANIFEST_NAME} lists {expected}: delete this folder and run build_mtt.py again"
             )
 
     @property
@@ -277,7 +280,7 @@ class SegmentReader:
         return len(self._records)
 
     def is_int16(self) -> bool:
-        """Return whether all shards store samples as int16, judged by their first records."""
+        """Return whether all shards store samples as int16, according to their first records."""
         firsts = self._records[self._records[:, 1] == 0]
         for shard, *place in firsts.tolist():
             path = self._paths[shard]
@@ -339,9 +342,9 @@ class SegmentReader:
         order : np.ndarray [shape=(n,), dtype=int]
             Numbers of the segments (see `shuffled_order`).
         prefetch : int
-            Batches to read ahead.
+            Number of batches to read ahead.
         drop_remainder : bool
-            Leave out a smaller last batch.
+            Drop the last batch if it is smaller.
 
         Yields
         ------

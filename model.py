@@ -14,7 +14,7 @@ import keras
 from keras import layers, ops
 
 NUM_BLOCKS = 9
-# Features of the nine blocks, in units of the first convolution's.
+# Features of the nine blocks, as multiples of the first convolution's features.
 _WIDTHS = (1, 1, 2, 2, 2, 2, 2, 2, 4)
 _BLOCK_DROPOUT = 0.2
 
@@ -28,8 +28,8 @@ def kernel_initializer(name: str, kernel: tuple[int, int, int]) -> keras.Initial
     The published program asks for he_uniform (kernels of width 3) and glorot_uniform (width 1).
     However, Keras 2.0.5 computed fans over the first two axes of a kernel, which for a kernel of
     shape (k, c_in, c_out) gives fan_in = k * c_in * c_in and fan_out = k * c_in * c_out. The
-    initial weights are therefore much smaller, and the published results depend on that (Keras
-    issue 8430).
+    initial weights are therefore much smaller (Keras issue 8430). The published results depend on
+    these weights.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def build_network(config: NetworkConfig) -> keras.Model:
 
 
 def build_excitations(network: keras.Model) -> keras.Model:
-    """Build a model that outputs the excitations of a network, with which it shares its weights.
+    """Build a model that outputs the excitations of a network and shares the network's weights.
 
     Parameters
     ----------

@@ -52,8 +52,8 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
     Returns
     -------
     list of (Path, bool)
-        Files in the given order; those of a folder and its subfolders are sorted, and links to
-        folders are not followed. The second value is True if the file itself was given.
+        Files in the given order. Files of a folder and its subfolders are sorted; links to folders
+        are not followed. The second value is True if the file itself was given.
     """
     files = []
     for path in map(Path, paths):
@@ -103,9 +103,9 @@ def tag_files(
     network, config = checkpoint.network, checkpoint.config
     compile_for_prediction(network, config.block)
     paths = [Path(path) for path in paths]
-    broken = set()  # files can fail after their first parts were predicted
+    broken = set()  # files that failed, possibly after their first parts were predicted
     found = predicted = 0
-    # The number of segments is not known before all files are decoded.
+    # Count files: the number of segments is unknown until all files are decoded.
     shown = messages.progress(total=len(paths), unit="file", desc="tagging", miniters=0)
 
     def clips() -> Iterator[Clip]:
@@ -141,7 +141,7 @@ def tag_files(
 def _decode_ahead(
     paths: list[Path], sample_rate: int, num_samples: int, hop: int | None
 ) -> Iterator[tuple[Path, Iterator[np.ndarray]]]:
-    """Yield files and the parts of their segments; decode one part of the next files ahead."""
+    """Yield files with the parts of their segments; decode the first part of files ahead."""
 
     def rest(parts: Iterator[np.ndarray], part: Future) -> Iterator[np.ndarray]:
         while (segments := part.result()) is not None:
@@ -247,15 +247,15 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="an audio file, or a folder for all audio in it and its subfolders; audio shorter "
         "than a segment is padded with silence, and samples after the last whole segment are "
-        "left out",
+        "dropped",
     )
     read.add_argument(
         "--hop",
         metavar="SAMPLES",
         type=cli.positive_int,
         default=None,
-        help="samples between the starts of two segments (default: the length of a segment, so "
-        "that they do not overlap)",
+        help="samples between the starts of two segments (default: the length of a segment, "
+        "without overlap)",
     )
     machine = parser.add_argument_group("machine")
     cli.add_batch_size(machine, DEFAULT_BATCH_SIZE)
@@ -302,7 +302,7 @@ def _tag(arguments: argparse.Namespace) -> None:
     cli.check_model(arguments.model_path)
     files = find_files(arguments.audio)
     if not files:
-        raise UsageError(f"{', '.join(arguments.audio)}: there are no files")
+        raise UsageError(f"{', '.join(arguments.audio)}: no files found")
     _check_taggrams(arguments, len(files))
 
     backend.import_keras()
@@ -352,7 +352,7 @@ def _tag(arguments: argparse.Namespace) -> None:
             messages.say(str(error))
         raise AudioError(f"{len(failed):,} of the given files cannot be decoded")
     if not num_tagged:
-        raise AudioError(f"{', '.join(arguments.audio)}: there is no audio")
+        raise AudioError(f"{', '.join(arguments.audio)}: no audio found")
 
 
 def _check_taggrams(arguments: argparse.Namespace, num_files: int) -> None:
@@ -368,11 +368,13 @@ def _check_taggrams(arguments: argparse.Namespace, num_files: int) -> None:
         if Path(path).suffix.lower() not in suffixes:
             raise UsageError(f"{option} {path}: expected a name that ends in {', '.join(suffixes)}")
         if not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"{option} {path}: there is no folder {Path(path).absolute().parent}")
+            raise UsageError(
+                f"{option} {path}: the folder {Path(path).absolute().parent} does not exist"
+            )
 
 
 def _print(text: str) -> None:
-    # Without breaking the progress bar if both are on one terminal.
+    # tqdm.write does not break the progress bar if both are on one terminal.
     tqdm.write(text)
 
 

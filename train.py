@@ -51,8 +51,8 @@ def train(
 ) -> dict[int, Scores]:
     """Train a network through all stages and test the best checkpoint of each stage.
 
-    Stage 0 starts from initial weights, every other stage from the best checkpoint of the
-    previous one, with a learning rate that is `options.lr_decay` times as high.
+    Stage 0 starts from initial weights. Every other stage starts from the best checkpoint of the
+    previous stage, with the learning rate of the previous stage times `options.lr_decay`.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def train(
     config : NetworkConfig
         Network to train; its numbers of tags and samples are replaced by those of the dataset.
     options : TrainingOptions
-        How to train it.
+        Options of the training procedure and of the machine.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def train(
     Raises
     ------
     ShardError, UsageError, CheckpointError, TrainingError, Interrupted
-        The dataset, the options or the checkpoints do not fit together, the loss becomes NaN or
+        The dataset, the options and the checkpoints are inconsistent, the loss becomes NaN or
         infinite, or a signal arrives.
     """
     scores = {}
@@ -81,7 +81,7 @@ def train(
         for stage in range(options.initial_stage, options.num_lr_decays):
             state, checkpoint = start_stage(run, stage)
             if state.finished:
-                run.job.say(f"stage {stage}: already finished, best {state.best_loss:.4f}")
+                run.job.say(f"stage {stage}: already finished, best val_loss {state.best_loss:.4f}")
             else:
                 train_stage(run, stage, state, checkpoint)
             tested = test_best(run, stage)
@@ -148,13 +148,15 @@ def _current_lr(trainer) -> float:
 def _prepared(
     data_dir: str | Path, train_dir: Path, config: NetworkConfig, options: TrainingOptions
 ) -> Iterator[Run]:
-    """Open the dataset, the devices and the output folder; check that they fit together."""
+    """Open the dataset, the devices and the output folder; check that they are consistent."""
     import keras
 
     dataset = open_dataset(data_dir)
     for split in ("train", "val"):
         if not dataset.splits[split].num_segments:
-            raise UsageError(f"{data_dir}: no {split} segments to train with")
+            raise UsageError(
+                f"{data_dir}: no {split} segments: training needs train and val shards"
+            )
     config = dataclasses.replace(
         config, num_tags=len(dataset.tags), num_samples=dataset.num_samples
     )
@@ -164,10 +166,14 @@ def _prepared(
         if options.mixed_precision:
             keras.config.set_dtype_policy("mixed_bfloat16")
         with open_job(options.distribute, stop.check) as job:
-            job.check_same("options", lambda: repr((options, config)), "give all the same command")
+            job.check_same(
+                "options", lambda: repr((options, config)), "run the same command on each"
+            )
             job.check_batch_size(options.batch_size)
             shards = [path for split in dataset.splits.values() for path in split.shards]
-            job.check_same(str(data_dir), lambda: list_files(shards), "give all the same dataset")
+            job.check_same(
+                str(data_dir), lambda: list_files(shards), "use the same dataset on each"
+            )
             jit = job.choose_jit(options.jit, config.block)
             job.say(job.describe(jit, options.mixed_precision))
             with locked_folder(train_dir, job):
@@ -202,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # argparse keeps attributes that exist: an ignored option that is not given stays None.
+    # argparse does not set defaults of existing attributes: ignored options stay None if not given.
     not_given = dict.fromkeys(field.name for field in dataclasses.fields(IgnoredOptions))
     arguments = build_parser().parse_args(argv, argparse.Namespace(**not_given))
     if arguments.distribute:
@@ -217,8 +223,8 @@ def _run(arguments: argparse.Namespace) -> None:
     options = cli.read_options(TrainingOptions, arguments)
     if options.initial_stage >= options.num_lr_decays:
         raise UsageError(
-            f"--initial-stage {options.initial_stage}: there are {options.num_lr_decays} stages "
-            "(--num-lr-decays), the first is 0"
+            f"--initial-stage {options.initial_stage}: expected a stage from 0 to "
+            f"{options.num_lr_decays - 1} (--num-lr-decays {options.num_lr_decays})"
         )
     backend.import_keras()
     train(arguments.data_dir, arguments.train_dir, config, options)
@@ -237,7 +243,7 @@ def _report_ignored(dataset: Dataset, options: IgnoredOptions) -> None:
             break
     given = options.num_audios_per_shard
     for split in dataset.splits.values():
-        # build_mtt.py makes as many shards as fit completely, at least one.
+        # build_mtt.py makes as many shards as the clips fill completely, but at least one.
         if given and split.num_clips and max(1, split.num_clips // given) != len(split.shards):
             mean = split.num_clips / len(split.shards)
             messages.say(

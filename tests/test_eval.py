@@ -75,7 +75,7 @@ def test_scores_are_printed_and_written_to_the_report(tiny_dataset, model_path, 
 
     left_out = [tag for tag, is_known in zip(dataset.tags, known, strict=True) if not is_known]
     assert left_out, "the test needs a tag that the test clips lack"
-    assert "1 tag left out of the averages" in done.stderr and len(left_out) == 1
+    assert "1 tag excluded from the averages" in done.stderr and len(left_out) == 1
     assert ", ".join(left_out) in done.stderr
 
     metrics = json.loads((report / "metrics.json").read_text())
@@ -238,7 +238,7 @@ def test_scores_of_one_clip_are_nan(golden, tmp_path, capsys):
     expected = np.load(golden / "expected.npz")["se-multi/predictions"][10:]
     np.testing.assert_allclose(row, expected.mean(axis=0), atol=1e-5)
     assert printed.out.startswith("=> @ ROC AUC score: nan\n")
-    assert "50 tags left out of the averages" in printed.err
+    assert "50 tags excluded from the averages" in printed.err
     metrics = json.loads((report / "metrics.json").read_text())
     assert metrics["roc_auc"] is None and metrics["num_tags_scored"] == 0
     assert (report / "per_tag.png").stat().st_size > 0

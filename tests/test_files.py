@@ -137,5 +137,5 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with files.only_run(tmp_path, "training", TrainingError):
         said = capsys.readouterr().err
-    assert said.startswith(f"{tmp_path}: cannot be locked (")
+    assert said.startswith(f"{tmp_path}: the folder cannot be locked (")
     assert said.endswith("do not start another training in this folder\n")

@@ -25,7 +25,7 @@ sys.modules["fcntl"] = sys.modules["resource"] = None  # not part of Python on W
 @pytest.mark.parametrize(
     ("pretend", "part"),
     [
-        (WINDOWS, "Windows is not supported: run this in WSL"),
+        (WINDOWS, "Windows is not supported: run the toolkit in WSL"),
         ("sys.version_info = (3, 10, 4)", "Python 3.11 or later is required, this is 3.10"),
     ],
 )

@@ -287,10 +287,10 @@ def test_tag_files_raises_the_error_of_a_missing_file(model_path, tmp_path):
 
 def test_folders_without_audio_are_an_error(model_path, tmp_path, capsys):
     out, said = run(capsys, model_path, tmp_path, status=2)
-    assert (out, said) == ("", [f"tag.py: error: {tmp_path}: there are no files"])
+    assert (out, said) == ("", [f"tag.py: error: {tmp_path}: no files found"])
     (tmp_path / "a.txt").write_text("words\n")
     out, said = run(capsys, model_path, tmp_path, status=1)
-    assert out == "" and said[-1] == f"tag.py: error: {tmp_path}: there is no audio"
+    assert out == "" and said[-1] == f"tag.py: error: {tmp_path}: no audio found"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_taggram_needs_exactly_one_file(folder, model_path, capsys, options, m
             "--taggram x.jpeg: expected a name that ends in .png",
         ),
         (["--save-taggram", "x.png"], "--save-taggram x.png: expected a name that ends in .csv"),
-        (["--taggram", "/none/x.png"], "--taggram /none/x.png: there is no folder /none"),
+        (["--taggram", "/none/x.png"], "--taggram /none/x.png: the folder /none does not exist"),
     ],
 )
 def test_taggrams_that_cannot_be_written_are_refused(folder, model_path, capsys, options, message):

@@ -1,3 +1,3 @@
-"""The package that the scripts share, with one subpackage per stage of the pipeline."""
+"""The package that the scripts share, with subpackages for data, models and training."""
 
 import toolkit.minimum_python  # noqa: F401  # first: all other modules need a supported Python

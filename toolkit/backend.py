@@ -1,4 +1,4 @@
-"""Keras and its backend: which one, imported quietly, and on which device it runs."""
+"""Select Keras's backend, import Keras without log output, and name the backend's devices."""
 
 import importlib.util
 import json
@@ -24,8 +24,8 @@ _BACKENDS = {
 def import_keras() -> None:
     """Import Keras and its backend without their log output.
 
-    The backend is that of KERAS_BACKEND, or of Keras's configuration file, or the first installed
-    one of TensorFlow, JAX and PyTorch.
+    The environment variable KERAS_BACKEND selects the backend, or else Keras's configuration file.
+    Without either, the backend is the first installed one of TensorFlow, JAX and PyTorch.
 
     Raises
     ------
@@ -50,9 +50,10 @@ def choose_jit(choice: str, block: str) -> bool:
     Parameters
     ----------
     choice : {'auto', 'on', 'off'}
-        ``auto`` compiles where that was measured to be faster (docs/performance.md): always on
-        JAX, never on PyTorch, and on TensorFlow networks of se and basic blocks. On TensorFlow's
-        CPU device, rese networks train several times slower compiled than not compiled.
+        ``auto`` compiles where compiled networks were measured to be faster (docs/performance.md):
+        always on JAX, never on PyTorch, and on TensorFlow only for networks of se and basic blocks.
+        On TensorFlow's CPU device, compiled rese networks train several times slower than networks
+        that are not compiled.
     block : str
         The network's building block.
     """
@@ -65,7 +66,7 @@ def choose_jit(choice: str, block: str) -> bool:
 
 
 def device_names() -> list[str]:
-    """Return the names of the backend's accelerators; an empty list if it computes on the CPU."""
+    """Return the names of the backend's accelerators; an empty list on the CPU."""
     import keras
 
     name = keras.backend.backend()
@@ -95,7 +96,7 @@ def _default_backend() -> str:
         configured = json.loads((folder / "keras.json").read_text())["backend"]
     except (OSError, ValueError, KeyError, TypeError):
         configured = preferred
-    # Keras writes "tensorflow" to the file when it is first imported, with any backend.
+    # When first imported, Keras writes "tensorflow" to the file, whatever the backend.
     if configured != preferred:
         return configured
     return next(filter(_is_installed, _BACKENDS), preferred)
@@ -106,7 +107,7 @@ def _is_installed(backend: str) -> bool:
 
 
 def import_quietly(*modules: str) -> None:
-    """Import libraries without log output that a user cannot act on.
+    """Import libraries; suppress log output that a user cannot act on.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def import_quietly(*modules: str) -> None:
 
 @contextmanager
 def stderr_held() -> Iterator[None]:
-    """Discard what libraries write to stderr; print it only if an exception is raised."""
+    """Discard the output of libraries to stderr, but print the output if an exception is raised."""
     # TensorFlow's C++ code writes to the file descriptor before it reads any setting.
     with tempfile.TemporaryFile() as held:
         sys.stderr.flush()

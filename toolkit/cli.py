@@ -1,4 +1,4 @@
-"""What scripts share on the command line: options, errors and exit status."""
+"""The command line of all scripts: options, errors and exit status."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.messages import say
 
-# JAX, PyTorch and XLA report a lack of memory by messages; they have no common error type.
+# JAX, PyTorch and XLA have no common exception type for a lack of memory, only these messages.
 _OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|CUDA out of memory|can't allocate memory|ran out of memory|"
     r"Out of memory (while trying to allocate|allocating)|[Ff]ailed to allocate"
@@ -100,7 +100,7 @@ def new_parser(description: str, examples: str) -> argparse.ArgumentParser:
     description : str
         What the script does, in one or two sentences.
     examples : str
-        Commands that work as typed, shown at the end of ``--help``.
+        Example commands, shown at the end of ``--help``.
     """
     return argparse.ArgumentParser(
         description=description,
@@ -121,7 +121,7 @@ def add_general(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def add_model(
     group: argparse._ArgumentGroup,
     name: str = "model_path",
-    what: str = "a .keras, .hdf5 or .h5 file, or a stage's folder for its best checkpoint",
+    what: str = "a .keras, .hdf5 or .h5 file, or a stage's folder (its best checkpoint is used)",
     **options,
 ) -> None:
     """Add the positional argument for a model; `check_model` verifies that it exists.
@@ -141,13 +141,13 @@ def add_model(
 
 
 def add_tags(group: argparse._ArgumentGroup) -> None:
-    """Add ``--tags``, which names the outputs of a model whose file does not."""
+    """Add ``--tags``, the names of outputs for models whose file contains none."""
     group.add_argument(
         "--tags",
         metavar="FILE",
         default=None,
         help="names of the model's outputs, one per line, or a dataset's manifest.json (default: "
-        "those in the model file or else MagnaTagATune's 50)",
+        "the names in the model file, or MagnaTagATune's 50 tags if the file contains none)",
     )
 
 
@@ -189,7 +189,8 @@ def add_jit(group: argparse._ArgumentGroup) -> None:
         "--jit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile the network by XLA; auto does where it was measured to pay (default: auto)",
+        help="compile the network with XLA; auto compiles where this was measured to be faster "
+        "(default: auto)",
     )
 
 
@@ -266,7 +267,7 @@ def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.N
     except KeyboardInterrupt as error:
         return _report(error, "interrupted", 130, arguments.verbose)
     except BrokenPipeError:
-        # The reader of our output, such as head, has exited. Redirect stdout so that the
+        # The program that reads stdout, such as head, has exited. Redirect stdout so that the
         # interpreter's final flush raises no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

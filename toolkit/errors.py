@@ -26,7 +26,7 @@ class AudioError(ToolkitError):
 
 
 class ShardError(ToolkitError):
-    """TFRecord shards are missing, damaged or of different datasets."""
+    """TFRecord shards are missing, are damaged, or belong to different datasets."""
 
 
 class BuildError(ToolkitError):

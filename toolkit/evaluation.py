@@ -1,4 +1,4 @@
-"""Scores that compare predictions with labels, and how far they can be trusted."""
+"""Scores of predictions, and bootstrap intervals of the scores."""
 
 import warnings
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ _RESAMPLES_AT_ONCE = 128  # so that their counts fit into the cache of a core
 
 @dataclass
 class Scores:
-    """Scores of each tag: how well the predictions rank the clips that carry it.
+    """Scores of each tag: how well the predictions rank clips with the tag above other clips.
 
     Attributes
     ----------
     roc_auc, pr_auc : np.ndarray [shape=(n_tags,)]
         Area under the receiver operating characteristic of each tag, and average precision; NaN
-        for tags that all clips carry or none.
+        for tags that all clips carry or that no clip carries.
     positives : np.ndarray [shape=(n_tags,), dtype=int]
         Number of clips that carry the tag.
     """
@@ -29,12 +29,12 @@ class Scores:
 
     @property
     def macro_roc_auc(self) -> float:
-        """Mean ROC AUC over the tags with a score; NaN without any."""
+        """Mean ROC AUC over the tags with a score; NaN if no tag has a score."""
         return _mean(self.roc_auc)
 
     @property
     def macro_pr_auc(self) -> float:
-        """Mean average precision over the tags with a score; NaN without any."""
+        """Mean average precision over the tags with a score; NaN if no tag has a score."""
         return _mean(self.pr_auc)
 
 
@@ -132,8 +132,8 @@ def weighted_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score predictions of clips that are weighted by counts.
 
-    Both scores follow from the weight of the clips below each positive clip. Clips are therefore
-    ranked only once per tag for all resamples.
+    Both scores can be computed from the weight of the clips that are ranked below each positive
+    clip. Clips are therefore ranked only once per tag, for all resamples.
 
     Parameters
     ----------
@@ -146,13 +146,14 @@ def weighted_scores(
     -------
     roc_auc, pr_auc : np.ndarray [shape=(n_resamples, n_tags)]
         As scikit-learn's ``roc_auc_score`` and ``average_precision_score`` with these sample
-        weights; NaN for tags that all clips of a resample carry or none.
+        weights; NaN for tags that all clips of a resample carry or that no clip carries.
     """
     labels = np.asarray(labels) > 0
     counts = np.ascontiguousarray(counts, np.int32)
     roc_auc, pr_auc = np.empty((2, counts.shape[1], labels.shape[1]))
     total = counts.sum(axis=0)  # (num_resamples,)
-    # Cumulative weight of all clips, and below of the positive ones, by ascending prediction.
+    # before[i]: weight of the i clips with the lowest predictions; positives_before[i], below:
+    # weight of the i positive clips with the lowest predictions.
     before = np.zeros((len(counts) + 1, counts.shape[1]), np.int32)
     for tag in range(labels.shape[1]):
         order = np.argsort(predictions[:, tag], kind="stable")
@@ -172,7 +173,7 @@ def weighted_scores(
         num_positives = positives_before[-1].astype(np.float64)
         num_negatives = total - num_positives
         with np.errstate(divide="ignore", invalid="ignore"):
-            # In units of half a pair, so that the sums are integers.
+            # Half pairs are counted, so that the sums are integers.
             won = (weights * (2 * negatives_below + negatives_tied).astype(np.int64)).sum(axis=0)
             roc_auc[:, tag] = won / (2 * num_positives * num_negatives)
             precision = (num_positives - positives_below) / np.maximum(total - before[first], 1)
@@ -209,7 +210,7 @@ def interval(
 
 
 def binary_crossentropy(labels: np.ndarray, predictions: np.ndarray) -> float:
-    """Compute the mean binary cross-entropy, as Keras but in float64.
+    """Compute the mean binary cross-entropy, as Keras does, but in float64.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Figures of training, scores and tags over time, 830 pixels wide.
 
-They are drawn without pyplot, so that they need no screen and work in any thread.
+The figures are drawn without pyplot, so that they need no display and work in any thread.
 """
 
 import io
@@ -120,7 +120,7 @@ def _draw_intervals(
     is_filled: np.ndarray,
     model: int,
 ) -> None:
-    """Draw one value per row with its interval; unreliable ones are hollow."""
+    """Draw one value per row with its interval; markers that are not filled are unreliable."""
     colour = _COLOURS[model % len(_COLOURS)]
     axes.hlines(rows, *ends, color=colour, linewidth=1.6, alpha=0.55)
     faces = [colour if filled else "white" for filled in is_filled]
@@ -133,7 +133,7 @@ def _draw_intervals(
 def plot_tags(
     path: str | Path, tags: tuple[str, ...], num_clips: int, scores: Scores, resamples: Resamples
 ) -> None:
-    """Draw the scores of each tag with their intervals, the best tag on top.
+    """Draw the scores of each tag with their intervals; the best tag is on top.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def plot_tags(
     scores : Scores
         Scores of the model.
     resamples : Resamples
-        Its resampled scores.
+        Resampled scores of the model.
     """
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
@@ -241,7 +241,7 @@ def plot_comparison(
         _draw_intervals(left, rows, values[model], nothing, is_filled, model)
         if model == 0:
             continue
-        # Models of one row are drawn below each other.
+        # Within a row, each model is drawn below the previous one.
         shift = 0.8 * ((num_models / 2 - model) / (num_models - 1))
         ends = interval(resamples[model].roc_auc[:, order] - resamples[0].roc_auc[:, order])
         _draw_intervals(right, rows + shift, values[model] - values[0], ends, is_filled, model)

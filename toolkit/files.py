@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and folders that one program at a time writes to."""
+"""Atomic writes (files appear complete or not at all), and locks of folders."""
 
 import errno
 import fcntl
@@ -15,14 +15,14 @@ from toolkit import messages
 from toolkit.errors import ToolkitError
 
 _LOCK_NAME = ".lock"
-_OTHER_FILES = 256  # open files that a process needs in addition to those it announces
+_OTHER_FILES = 256  # open files that a process needs besides those given to allow_open_files
 # Errors of network file systems that do not support locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def replaced_whole(path: str | Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a temporary path beside a file; on success, rename the temporary file to the file.
+    """Yield a temporary path in a file's folder; on success, rename the temporary file to the file.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def replaced_whole(path: str | Path, suffix: str = "") -> Iterator[Path]:
             _flush_to_disk(file)
         os.replace(temporary, path)
     except OSError as error:
-        # A failed write names no file, and users do not know the temporary name.
+        # The error of a failed write names no file, or the temporary file, which users do not know.
         if error.filename is None or str(error.filename) == str(temporary):
             error.filename = str(path)
             error.filename2 = None
@@ -112,14 +112,14 @@ def only_run(folder: Path, what: str, error: type[ToolkitError]) -> Iterator[Non
             if reason.errno not in _NO_LOCKS:
                 raise
             messages.say(
-                f"{folder}: cannot be locked ({reason.strerror}): do not start another {what} in "
-                "this folder"
+                f"{folder}: the folder cannot be locked ({reason.strerror}): do not start "
+                f"another {what} in this folder"
             )
         yield
 
 
 def allow_open_files(num_files: int) -> None:
-    """Raise this process's limit of open files for additional files, as far as allowed."""
+    """Raise this process's limit of open files if necessary, at most to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = num_files + _OTHER_FILES
     if hard != resource.RLIM_INFINITY:

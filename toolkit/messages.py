@@ -1,4 +1,4 @@
-"""Messages and progress bars on stderr, and numbers in units that people read."""
+"""Messages and progress bars on stderr, and human-readable numbers."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ def progress(iterable=None, **options) -> tqdm:
 
 
 def _is_notebook(stream) -> bool:
-    """Return whether a stream is a Jupyter cell: not a terminal, but it redraws lines like one."""
+    """Return whether a stream is a Jupyter cell, which can redraw lines like a terminal."""
     return type(stream).__module__ == "ipykernel.iostream"
 
 

@@ -6,7 +6,7 @@ MINIMUM_PYTHON = (3, 11)
 
 if sys.platform == "win32":
     sys.exit(
-        "Windows is not supported: run this in WSL, the Windows Subsystem for Linux "
+        "Windows is not supported: run the toolkit in WSL, the Windows Subsystem for Linux "
         "(install it with wsl --install)"
     )
 if sys.version_info < MINIMUM_PYTHON:

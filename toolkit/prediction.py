@@ -1,4 +1,4 @@
-"""Predictions over clips: load a model, check that it fits the dataset, predict in batches."""
+"""Predictions of clips: load a model, check that the model fits a dataset, predict in batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ def load_for_dataset(
 ) -> Checkpoint:
     """Load a model to use with a dataset.
 
-    A file that names no tags gets those of the dataset, and a message says so.
+    If the model file names no tags, the tags of the dataset are used and a message is printed.
 
     Parameters
     ----------
@@ -55,13 +55,13 @@ def load_for_dataset(
         if of_model != of_data:
             raise UsageError(
                 f"{model_path}: the model is for {of_model} {what}, but {dataset.path} has "
-                f"{of_data}: use a dataset and a model that belong together"
+                f"{of_data}: use a dataset and a model that match"
             )
     for number, (of_model, of_data) in enumerate(zip(checkpoint.tags, dataset.tags, strict=True)):
         if of_model != of_data:
             raise UsageError(
                 f"{model_path}: tag {number} is {of_model!r} in the model, but {of_data!r} in "
-                f"{dataset.path}: use a dataset and a model that belong together"
+                f"{dataset.path}: use a dataset and a model that match"
             )
     return checkpoint
 
@@ -85,7 +85,7 @@ def predict_split(
     Parameters
     ----------
     model : keras.Model
-        See `predict_clips`, also for what is yielded.
+        See `predict_clips`, which also describes what this function yields.
     dataset : Dataset
         Dataset that contains the split.
     split : {'train', 'val', 'test'}
@@ -95,7 +95,7 @@ def predict_split(
     doing : str
         Label of the progress bar.
     share : (int, int)
-        Number of this process and number of processes, among which the shards are divided.
+        Number of this process, and number of the processes that divide the shards among them.
     after_batch : callable
         Called after each batch.
     """
@@ -125,15 +125,15 @@ def predict_clips(
     clips : iterable of Clip
         Clips with any number of segments; long ones in parts (see `input_data.read_clips`).
     batch_size : int
-        Segments per batch. The last batch is padded with silence, so that a compiled model gets
-        only one shape.
+        Segments per batch. The last batch is padded with silence, so that a compiled model
+        receives only one shape.
     after_batch : callable
         Called after each batch.
 
     Yields
     ------
     clip : Clip
-        In the given order, without segments: they are released when they are predicted.
+        In the given order, without its segments: memory is freed once segments are predicted.
     outputs : list of np.ndarray [shape=(n_segments, n_features), dtype=float32]
         Outputs of the model for all segments of the clip.
     """

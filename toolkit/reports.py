@@ -143,12 +143,12 @@ def write_comparison(
 
 
 def tags_without_score(tags: tuple[str, ...], scores: Scores) -> list[str]:
-    """Return the tags that all clips carry or none, which have no ROC AUC."""
+    """Return the tags without ROC AUC: those that all clips carry or that no clip carries."""
     return [tag for tag, value in zip(tags, scores.roc_auc, strict=True) if np.isnan(value)]
 
 
 def model_names(paths: Sequence[str | Path]) -> list[str]:
-    """Name models by the last parts of their paths, as many as make the names different.
+    """Name models by the last parts of their paths, with as many parts as make the names unique.
 
     A stage's folder is a number, so its parent is always part of the name: ``log/1`` is ``log-1``.
     """

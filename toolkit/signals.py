@@ -25,10 +25,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Record SIGINT and SIGTERM for `StopRequest.check`; a second signal ends the program at once.
+    """Record SIGINT and SIGTERM for `StopRequest.check`; a second signal ends the program.
 
-    An exception raised by a signal handler could leave locks held and files half written, so the
-    work calls ``check`` where it is safe to stop.
+    An exception in a signal handler could leave locks held and files incomplete. Instead, the
+    caller calls ``check`` at points where the program can stop safely.
     """
     stop = StopRequest()
 
@@ -37,7 +37,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         signal.signal(number, signal.SIG_DFL)
 
     earlier = {}
-    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+    if threading.current_thread() is threading.main_thread():  # others cannot set handlers
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 earlier[number] = signal.signal(number, record)

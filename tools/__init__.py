@@ -1,1 +1,1 @@
-"""Tools beside the pipeline, run as: python -m tools.NAME"""
+"""Tools that are not part of the pipeline; run them as: python -m tools.NAME"""

@@ -1,16 +1,17 @@
-"""Measure the throughput of each stage, and what share of the machine's limit it reaches.
+"""Measure the throughput of each stage, also as a share of the machine's limit.
 
     python -m tools.benchmark all --data-dir demo/dataset
     python -m tools.benchmark train predict --block rese --batch-size 23 --jit off
     python -m tools.benchmark train --backend jax --batch-size 23 256 --mixed-precision
     python -m tools.benchmark sweep --batch-size 23 64 256 1024 --json gpu.json
 
-Each figure is the median of repeats with the lowest and the highest. Networks are compared with the
-rate of matrix products, and reading with plain reads of the shards, both measured in the same run.
+Each figure is the median of several repeats, with the lowest and the highest value. The limit of
+networks is the rate of matrix products, the limit of reading is the rate of plain reads of the
+shards. Both are measured in the same run.
 
 ``machine``, ``train``, ``predict`` and ``sweep`` need no dataset. ``sweep`` measures a GPU: it runs
 the network on JAX and PyTorch in float32, tf32 and bfloat16, each in its own process, and lists
-what failed, for example for lack of memory. It needs no TensorFlow.
+measurements that failed, for example because of too little memory. TensorFlow is not needed.
 """
 
 import argparse
@@ -105,13 +106,13 @@ def sweep(arguments: argparse.Namespace, machine: dict[str, str]) -> Iterator[Fi
 
 
 def report(measured: Iterable[Figure], machine: dict[str, str], json_path: str | None) -> int:
-    """Print each figure when it is known, then a table; return 1 if a measurement failed."""
+    """Print each figure once measured, then a table; return 1 if a measurement failed."""
     figures = []
     for figure in measured:
         figures.append(figure)
         rate = f"failed: {figure.error}" if figure.error else _format(figure.median)
         messages.say(f"{figure.stage}: {figure.what}: {rate} {figure.unit}")
-        if json_path:  # after each figure, so that an aborted run leaves its figures
+        if json_path:  # after each figure, so that an aborted run keeps its figures
             content = {"machine": machine, "figures": [asdict(each) for each in figures]}
             write_atomically(Path(json_path), json.dumps(content, indent=1).encode() + b"\n")
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
@@ -132,7 +133,7 @@ def _format(value: float | None) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
-        "Measure the throughput of each stage, and what share of the machine's limit it reaches.",
+        "Measure the throughput of each stage, also as a share of the machine's limit.",
         "  python -m tools.benchmark all --data-dir demo/dataset\n"
         "  python -m tools.benchmark train --backend jax --batch-size 23 256 --mixed-precision\n"
         "  python -m tools.benchmark sweep --batch-size 23 64 256 1024 --json gpu.json",
@@ -149,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for group, flag, help, default in (
         (what, "--num-workers", "worker processes of a build", [1, 2]),
-        (what, "--repeats", "timed repeats, of about 2 s for short work", 5),
+        (what, "--repeats", "timed repeats; short work is looped for about 2 s per repeat", 5),
         (network, "--batch-size", "segments per batch", [23]),
         (network, "--init-features", "features of the first convolution", 128),
     ):

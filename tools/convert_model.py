@@ -1,7 +1,9 @@
 """Convert a model file to .keras, or export it to a format that other programs run.
 
-python -m tools.convert_model se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras
-python -m tools.convert_model log/4 se-multi.onnx
+    python -m tools.convert_model se-multi-auc_0.9111-tfrmodel.hdf5 se-multi.keras
+    python -m tools.convert_model log/4 se-multi.onnx
+
+The extension of the output's name selects the format.
 """
 
 import argparse
@@ -40,7 +42,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if output.suffix not in (".keras", *FORMATS):
         raise UsageError(f"{output}: expected a name that ends in .keras, {', '.join(FORMATS)}")
     if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: there is no folder {output.absolute().parent}")
+        raise UsageError(f"{output}: the folder {output.absolute().parent} does not exist")
     cli.check_model(arguments.model_path)
     backend.import_keras()
     from toolkit.models import checkpoints

@@ -1,4 +1,4 @@
-"""Tables of the demo dataset: instruments, the tags that describe what is heard, and recipes.
+"""Tables of the demo dataset: instruments, their tags, and recipes.
 
 A recipe is a kind of clip: its instruments, genres, tempo and level. Key, chords and melodies are
 random and differ between the clips of a recipe.
@@ -79,7 +79,7 @@ PROGRESSIONS = ((0, 3, 4, 0), (0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4))  # scale
 
 _VOCAL = ("vocal", "vocals", "singing", "voice")
 
-# What is heard (an instrument, genre, tempo or level) has its name as a tag, and these.
+# The name of an instrument, genre, tempo or level is a tag. These are further tags of some names.
 MORE_TAGS = {
     "electric guitar": ("guitar",),
     "harp": ("plucking",),
@@ -103,7 +103,7 @@ MORE_TAGS = {
     "quiet": ("soft",),
 }
 SOLO_INSTRUMENTS = ("guitar", "harp", "sitar", "harpsichord", "piano", "violin", "cello", "flute")
-TAG_PROBABILITY = 0.95  # listeners omit a tag now and then
+TAG_PROBABILITY = 0.95  # real listeners sometimes omit a tag
 
 # Beats per minute, and notes per beat: slow music is sparse, fast music is dense.
 TEMPOS = {"slow": (46, 60, 1), "medium": (84, 104, 2), "fast": (144, 172, 4)}
@@ -162,5 +162,5 @@ RECIPES = (
     Recipe("machines", ("bleeps",)),
     Recipe("machine_choir", ("choir", "bleeps"), tempo="slow"),
 )
-# None of the 50 tags fits this recording, and build_mtt.py leaves it out.
+# None of the 50 tags fits this recording, so build_mtt.py does not use the clip.
 FIELD_RECORDING = Recipe("rain", ("water",))

@@ -1,7 +1,7 @@
 """A small synthesiser for the clips of the demo dataset.
 
 `synthesise` mixes instruments that share key, chords and beat (`Score`). An instrument has a sound:
-a plucked `String`, a held `Tone` or `Drums`. A pattern or a random melody selects its notes.
+a plucked `String`, a held `Tone` or `Drums`. Its notes follow a pattern or a random melody.
 
 Sounds are float64 arrays [shape=(n_samples,)] at 16 kHz. Every random number comes from the clip's
 generator, which makes a clip reproducible.
@@ -17,8 +17,8 @@ from scipy import signal
 SAMPLE_RATE = 16_000  # Hz, as MagnaTagATune's MP3s
 CLIP_SAMPLES = 465_600  # 29.1 s: the clips of MagnaTagATune are slightly longer than 29 s
 BEATS_PER_BAR = 4
-_TOP_HZ = 7_000  # an MP3 of 32 kb/s contains little above
-_CYCLE_SAMPLES = 2_048  # of a tone's wave table
+_TOP_HZ = 7_000  # an MP3 of 32 kb/s contains little above this frequency
+_CYCLE_SAMPLES = 2_048  # samples in a tone's wave table
 _VIBRATO_HZ = 5.5
 _PLUCK_SAMPLES = 40_000  # 2.5 s
 _NOISE_FLOOR = 0.002  # relative to the RMS of a clip
@@ -45,7 +45,7 @@ class Tone:
     vibrato: float = 0.0  # semitones
     glide: float = 0.0  # semitones below the note at which the note starts
     breath: float = 0.0  # amplitude of noise relative to the harmonics
-    players: int = 1  # slightly out of tune with each other
+    players: int = 1  # several players are slightly out of tune with each other
     only_odd: bool = False  # odd harmonics only, as of a square wave
 
 
@@ -112,7 +112,7 @@ def synthesise(
     Parameters
     ----------
     instruments : list of Instrument
-        Instruments, of which each plays for the whole clip.
+        Instruments; each plays for the whole clip.
     score : Score
         Key, chords and beat.
     rms : float
@@ -189,7 +189,7 @@ def _pluck(string: String, hertz: float, random: Generator) -> np.ndarray:
 
 
 def _tone(tone: Tone, hertz: float, seconds: float, random: Generator) -> np.ndarray:
-    """Read a table of one cycle at a varying speed."""
+    """Synthesise a tone by reading a table of one cycle at a varying speed."""
     k = np.arange(1, max(2, int(_TOP_HZ / hertz) + 1))  # numbers of harmonics
     amplitudes = k**-tone.tilt
     if tone.only_odd:

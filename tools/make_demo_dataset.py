@@ -40,7 +40,7 @@ from numpy.random import Generator, default_rng
 
 TRAIN_FOLDERS, VALIDATION_FOLDERS, TEST_FOLDERS = "0123456789ab", "c", "def"
 MIN_CLIPS = 16  # one per folder
-VALIDATION_SHARE = 1 / 6  # MagnaTagATune has fewer; here a tag needs several clips in each split
+VALIDATION_SHARE = 1 / 6  # higher than in MagnaTagATune: each tag needs several clips per split
 FIELD_RECORDING_SHARE = 1 / 40  # of each split
 
 # The tag columns of MagnaTagATune's annotations_final.csv, in their order.
@@ -76,7 +76,7 @@ class Options:
     """Options of the command line."""
 
     clips: int = option(
-        240, f"number of clips, at least {MIN_CLIPS}; each of the 50 tags occurs from 160 clips up",
+        240, f"number of clips, at least {MIN_CLIPS}; with 160 or more, each of the 50 tags occurs",
         group="data", type=cli.positive_int, metavar="N",
     )  # fmt: skip
     seed: int = option(
@@ -84,7 +84,7 @@ class Options:
         group="data", type=cli.non_negative_int, metavar="N",
     )  # fmt: skip
     num_workers: int | None = option(
-        None, "worker processes; one per core if not given",
+        None, "worker processes", shown="one per core",
         group="machine", type=cli.positive_int, metavar="N",
     )  # fmt: skip
     out: str = option("demo/dataset", "folder to write to", group="output", metavar="PATH")
@@ -119,7 +119,7 @@ def plan_clips(num_clips: int = Options.clips, seed: int = Options.seed) -> list
         )
         tags = _draw_tags(recipe, random)
         rare = tags - set(MTT_TOP_TAGS)
-        tags -= given_rare  # a tag outside the 50 is given to one clip
+        tags -= given_rare  # a tag outside the 50 is given to only one clip
         given_rare |= rare
         clips.append(
             Clip(
@@ -152,7 +152,7 @@ def _place_recipes(num_clips: int, random: Generator) -> list[tuple[str, Recipe]
 
 
 def _draw_tags(recipe: Recipe, random: Generator) -> set[str]:
-    """Return the tags of what is heard in a clip; each is omitted with a small probability."""
+    """Return the tags that fit a recipe; each tag is omitted with a small probability."""
     heard = [*recipe.instruments, *recipe.genres]
     if recipe.title != FIELD_RECORDING.title:
         heard += [recipe.tempo, recipe.level]
@@ -161,7 +161,7 @@ def _draw_tags(recipe: Recipe, random: Generator) -> set[str]:
     if len(recipe.instruments) == 1 and recipe.instruments[0] in demo_recipes.SOLO_INSTRUMENTS:
         heard.append("solo")
     fitting = {tag for what in heard for tag in (what, *MORE_TAGS.get(what, ()))}
-    # In the order of columns: the order of a set differs between processes.
+    # Draw in the order of columns: the order of a set differs between processes.
     return {
         tag for tag in MTT_TAGS if tag in fitting and random.random() < demo_recipes.TAG_PROBABILITY
     }

@@ -1,6 +1,6 @@
-"""The measurements of tools.benchmark: one function per stage, which yields figures.
+"""The measurements of tools.benchmark: one function per stage.
 
-A stage takes the parsed command line of `tools.benchmark`.
+Each function takes the parsed command line of `tools.benchmark` and yields or returns figures.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _REPEAT_SECONDS = 2.0  # a repeat calls short work as often as fits into this ti
 
 @dataclass
 class Figure:
-    """A rate or a time, or why it could not be measured."""
+    """A rate or a duration, or the error if the measurement failed."""
 
     stage: str
     what: str
@@ -47,7 +47,7 @@ class Figure:
 def summarise(
     stage: str, what: str, unit: str, values: Sequence[float], limit: float | None = None
 ) -> Figure:
-    """Return the median and the range of values; `limit` is the highest that is possible."""
+    """Return the median and the range of values; `limit` is the highest possible value."""
     median = statistics.median(values)
     share = None if limit is None else median / limit
     return Figure(stage, what, unit, median, min(values), max(values), share)
@@ -57,7 +57,7 @@ def measure_rate(
     stage: str, what: str, unit: str, call: Callable[[], object], amount: float, repeats: int,
     limit: float | None = None,
 ) -> Figure:  # fmt: skip
-    """Measure the units of work per second; a call does `amount` units and returns when done."""
+    """Measure the units of work per second; each call blocks until `amount` units are done."""
     call()
     started = time.perf_counter()
     call()
@@ -191,7 +191,7 @@ def _audio_files(data_dir: str) -> list[Path]:
 
 
 def _time_python(*arguments: str) -> float:
-    """Return the seconds that Python takes in its own process, where it can import the toolkit."""
+    """Run Python in a new process that can import the toolkit; return the duration in seconds."""
     started = time.perf_counter()
     finished = subprocess.run(
         [sys.executable, *arguments], env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -213,7 +213,7 @@ def measure_machine(arguments: argparse.Namespace) -> Iterator[Figure]:
     on_accelerator = bool(backend.device_names())
 
     def finish(result) -> None:
-        """Copy the last element to the host, after the device has computed all."""
+        """Wait for the device: copy the last element of the result to the host."""
         keras.ops.convert_to_numpy(keras.ops.cast(keras.ops.ravel(result)[-1], "float32"))
 
     size = 8192 if on_accelerator else 2048
@@ -268,7 +268,7 @@ def measure_network(
         )
         limit = gflops * 1e9 / count_flops(network) / (3 if stage == "train" else 1)
         return measure_rate(stage, what, "segments/s", call, num_segments, arguments.repeats, limit)
-    except Exception as error:  # of any backend, probably a lack of memory: measure the rest
+    except Exception as error:  # usually a lack of memory, with other types in each backend: go on
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         return Figure(stage, what, "segments/s", error=reason)
 

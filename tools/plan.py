@@ -4,9 +4,10 @@
     python -m tools.plan --clips 250000 --gpus 1 8 64 --gpu-rate 9000
     python -m tools.plan --clips 55000 --seconds 240 --kbit-s 320 --decode-ms 520 --json
 
-The estimate is a closed form: every part of the work has a rate, and the slowest part sets the
-pace. `Plan` lists the rates; each is an option, so that rates measured on your machines can replace
-them. docs/scaling.md says where they come from and where the estimate does not hold.
+The estimate is a closed form: every part of the work has a rate, and the slowest part determines
+the duration. `Plan` lists the rates. Each rate is an option and can be replaced by a rate measured
+on your machines. docs/scaling.md explains where the defaults come from and where the estimate does
+not hold.
 """
 
 import argparse
@@ -27,7 +28,7 @@ GRADIENT_BYTES = 99e6  # 24.7 million parameters of full-size se in float32
 # Per step, besides the gradients: 11 batch normalisations exchange mean and variance, forward and
 # backward.
 SMALL_EXCHANGES = 44
-# JAX reserves 75 % of a GPU's memory; training segments may take 60 % of that.
+# JAX reserves 75 % of a GPU's memory; training segments may use 60 % of the reserved memory.
 CACHE_SHARE = 0.75 * 0.6
 INDEX_RATE = 900_000.0  # record headers/s, read before the first step
 CHECKPOINT_SECONDS = 1.4  # per epoch: best checkpoint, and state to resume from
@@ -47,7 +48,9 @@ class Plan:
     gpus: int = 8
     seconds: float = _number("dataset", 29.0, "seconds of audio per clip")
     kbit_s: float = _number("dataset", 128.0, "bit rate of the audio files, in kbit/s")
-    decode_ms: float = _number("dataset", 51.0, "milliseconds of a core per clip, MP3 to shard")
+    decode_ms: float = _number(
+        "dataset", 51.0, "core time per clip from MP3 to shard, in milliseconds"
+    )
     encoding: str = cli.option(
         "float32", "how shards store samples", group="dataset", choices=tuple(SAMPLE_BYTES)
     )
@@ -99,14 +102,14 @@ class Plan:
         return SPLIT_SHARES[split] * self.clips * self.segments_per_clip
 
     def check(self) -> None:
-        """Raise UsageError if the numbers do not fit together."""
+        """Raise UsageError if the numbers are inconsistent."""
         if not self.segments_per_clip:
             segment = f"a segment ({SAMPLES_PER_SEGMENT / SAMPLE_RATE:.2f} s)"
             raise UsageError(f"--seconds {self.seconds:g}: shorter than {segment}")
         if self.hosts > 1 and self.gpus % self.gpus_per_host:
             raise UsageError(
                 f"--gpus {self.gpus}: not a multiple of --gpus-per-host {self.gpus_per_host}: "
-                "every host must have the same number"
+                "every host must have the same number of GPUs"
             )
         if self.batch_size > self.num_segments("train"):
             raise UsageError(
@@ -140,10 +143,10 @@ def estimate_build(plan: Plan) -> dict[str, float | str]:
 
 
 def exchange_seconds(plan: Plan) -> float:
-    """Return the seconds per step that GPUs exchange gradients and batch statistics.
+    """Return the seconds per step in which GPUs exchange gradients and batch statistics.
 
-    A ring passes 2 (n - 1) / n of the gradients through the slowest link; a tree passes the batch
-    statistics.
+    A ring passes 2 (n - 1) / n of the gradients through the slowest link; batch statistics are
+    exchanged in a tree.
     """
     if plan.gpus == 1:
         return 0.0
@@ -156,7 +159,7 @@ def exchange_seconds(plan: Plan) -> float:
 def step_seconds(plan: Plan) -> dict[str, float]:
     """Return the seconds per step that each part of training is busy.
 
-    GPU and exchange follow one another; input and storage work at the same time.
+    GPU and exchange alternate; input and storage run in parallel with both.
     """
     host_batch = plan.batch_size / plan.hosts
     storage = max(
@@ -197,7 +200,7 @@ def estimate_training(plan: Plan) -> dict[str, float | str]:
     if bottleneck == "steps":
         waiting = step > parts["GPU"] + parts["exchange"]
         bottleneck = max(("input", "storage") if waiting else ("GPU", "exchange"), key=parts.get)
-    # Segments are shuffled over all hosts, so the page cache of each host comes to hold all.
+    # Segments are shuffled over all hosts, so each host's page cache finally contains all segments.
     first_read = {
         "GPU memory": train / plan.input_rate,
         "page cache": plan.hosts * train * plan.segment_bytes / (plan.storage * 1e9),

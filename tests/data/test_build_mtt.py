@@ -357,7 +357,7 @@ def test_folder_on_a_file_system_without_locks_is_built_with_a_warning(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert build(data_dir) == 0
-    said = f"{data_dir / 'tfrecord'}: cannot be locked (No locks available): "
+    said = f"{data_dir / 'tfrecord'}: the folder cannot be locked (No locks available): "
     assert said in capsys.readouterr().err
     assert contents(data_dir) == contents(finished[0])
 

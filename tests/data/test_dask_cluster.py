@@ -136,7 +136,7 @@ def test_worker_that_does_not_see_a_folder_is_named(
         own_cluster.add_worker(before=before)
         done = run(data_dir, "--scheduler", own_cluster.address)
     line = refusal_of(done).removeprefix("build_mtt.py: error: worker tcp://127.0.0.1:")
-    assert f" on {socket.gethostname()} does not see {data_dir / named} as this " in line
+    assert f" on {socket.gethostname()} cannot access {data_dir / named} as this " in line
 
 
 @pytest.mark.slow

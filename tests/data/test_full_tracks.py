@@ -237,7 +237,7 @@ def test_audio_is_cut_at_stop(data_dir, capsys, stop):
 def test_stop_that_leaves_no_segment_is_refused(data_dir, capsys):
     assert build(data_dir, "--stop", "0.4") == 2
     said = capsys.readouterr().err
-    assert "--stop 0.4: at 8000 Hz that is less than one segment of 4000 samples, 0.5 s" in said
+    assert "--stop 0.4: shorter than one segment of 4000 samples, 0.5 s at 8000 Hz" in said
     assert not (data_dir / "tfrecord").exists()
 
 

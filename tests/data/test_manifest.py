@@ -41,9 +41,9 @@ def test_invalid_manifest_is_refused(tmp_path, content):
     ("change", "found"),
     [
         (lambda folder: (folder / "train-0000-of-0002.tfrecord").unlink(),
-         "1 of the train shards missing, the first is 0000"),
+         "1 of the train shards are missing, the first is 0000"),
         (lambda folder: (folder / "train-0001-of-0002.tfrecord").unlink(),
-         "1 of the train shards missing, the first is 0001"),
+         "1 of the train shards are missing, the first is 0001"),
         (lambda folder: write_shard(folder / "train-0002-of-0003.tfrecord"),
          "train shards of different sets (of 0002 and of 0003)"),
         (lambda folder: write_shard(folder / "train-0002-of-0002.tfrecord"),

@@ -358,7 +358,7 @@ def test_error_of_an_invalid_table_names_row_and_column(tmp_path, content, found
         ),
         ({"split_seed": 1}, "--split-seed: needs --split-by"),
         ({"split_by": "rock", "split_seed": 5_000_000_000}, "--split-seed: must be less than 2^32"),
-        ({"tags_delimiter": "|"}, "--tags-delimiter: give the column"),
+        ({"tags_delimiter": "|"}, "--tags-delimiter: name the column"),
         ({"tags_delimiter": ""}, "--tags-delimiter: must not be empty"),
         ({"split_by": "rock", "split_column": "split"}, "--split-column and --split-by"),
     ],

@@ -108,7 +108,7 @@ def test_missing_last_records_are_noticed_by_the_manifest(tmp_path, tiny_dataset
     assert list(read_clips([path]))
     with pytest.raises(
         ShardError,
-        match=rf"{path}: \d+ bytes, expected \d+ by manifest\.json: .*run build_mtt\.py again",
+        match=rf"{path}: \d+ bytes, but manifest\.json lists \d+: .*run build_mtt\.py again",
     ):
         open_dataset(tmp_path)
 
@@ -125,5 +125,5 @@ def test_missing_records_are_noticed_by_manifests_without_sizes(tmp_path, tiny_d
     path = folder / "train-0002-of-0003.tfrecord"
     start, length = index_records(path)[-2]
     path.write_bytes(path.read_bytes()[: start + length + 4])
-    with pytest.raises(ShardError, match=r"20 train segments, expected 21 by manifest\.json"):
+    with pytest.raises(ShardError, match=r"20 train segments, but manifest\.json lists 21"):
         SegmentReader(open_dataset(tmp_path))

@@ -69,7 +69,7 @@ def test_tags_do_not_replace_those_in_the_file(published, tmp_path, capsys):
     assert convert(published, tmp_path / "se.keras") == 0
     capsys.readouterr()
     assert convert(tmp_path / "se.keras", tmp_path / "b.keras", "--tags", tmp_path / "tags") == 2
-    assert "se.keras names other tags: leave it out" in capsys.readouterr().err
+    assert "se.keras names other tags: omit --tags" in capsys.readouterr().err
     assert not (tmp_path / "b.keras").exists()
 
 
@@ -99,7 +99,7 @@ def test_invalid_tags_are_refused(published, tmp_path, capsys, content, message)
     [
         ("se-multi.hdf5", "se.h5", "ends in .keras, .onnx, .savedmodel, .tflite"),
         ("none.hdf5", "se.keras", "no such model file"),
-        ("se-multi.hdf5", "none/se.onnx", "there is no folder "),
+        ("se-multi.hdf5", "none/se.onnx", "none does not exist"),
     ],
 )
 def test_invalid_paths_are_refused(published, tmp_path, capsys, model, output, message):

@@ -130,10 +130,10 @@ def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
     two = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
     for environment, options, expected in (
-        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: not an integer"),
+        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: expected an integer"),
         (
             two | {"KERAS_DISTRIBUTION_PROCESS_ID": "2"}, (),
-            "PROCESS_ID=2: the processes are 0 to 1",
+            "PROCESS_ID=2: expected 0 to 1",
         ),
         (
             two | {"KERAS_DISTRIBUTION_PROCESS_ID": "0"}, (),
@@ -145,9 +145,9 @@ def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
         ),
         (
             {"KERAS_DISTRIBUTION_JOB_ADDRESSES": "node1:9331"}, (),
-            "NUM_PROCESSES: expected the number of processes that train together",
+            "NUM_PROCESSES=: expected the number of processes that train together",
         ),
-        (two, (), "PROCESS_ID: expected the number of this process"),
+        (two, (), "PROCESS_ID=: expected the number of this process"),
         ({"KERAS_BACKEND": "torch"}, (), "--distribute: needs KERAS_BACKEND=jax"),
         (
             {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, (),
@@ -221,10 +221,10 @@ def test_hosts_that_differ_are_refused(tiny_dataset, tmp_path, tmp_path_factory)
     build_mtt.build(other, num_audios_per_shard=6, num_workers=1)
     log = tmp_path / "log"
     for first, second, expected in (
-        ((tiny_dataset, log), (other, log), "not the same on all hosts: give all the same"),
+        ((tiny_dataset, log), (other, log), "not the same on all hosts: use the same dataset"),
         (
             (tiny_dataset, log, "--lr", "0.01"), (tiny_dataset, log, "--lr", "0.02"),
-            "options: not the same on all hosts: give all the same",
+            "options: not the same on all hosts: run the same command",
         ),
         (
             (tiny_dataset, tmp_path / "here"), (tiny_dataset, tmp_path / "there"),

@@ -500,7 +500,7 @@ def test_a_damaged_shard_stops_training(tiny_dataset, tmp_path, capsys):
     ("more", "part"),
     [
         (("--batch-size", 22), "--batch-size 22: more than the 21 training segments"),
-        (("--initial-stage", 5), "--initial-stage 5: there are 5 stages"),
+        (("--initial-stage", 5), "--initial-stage 5: expected a stage from 0 to 4"),
         (("--block", "se", "--alpha", 0.1), "alpha 0.1"),
     ],
 )

@@ -38,7 +38,7 @@ MTT_TOP_TAGS = (
 
 # Shares of the clips, as in MagnaTagATune.
 SPLIT_SHARES = {"train": 0.75, "val": 0.08, "test": 0.17}
-# `draw_splits` uses the best of so many draws, which assign at most so many groups in all.
+# Limits of `draw_splits`: number of draws, and number of assigned groups in all draws together.
 _NUM_DRAWS = 200
 _MAX_GROUPS_DRAWN = 50_000
 
@@ -109,8 +109,8 @@ def top_tags(counts: np.ndarray, names: list[str], num_tags: int = NUM_TAGS) -> 
     """
     ascending = np.argsort(np.asarray(counts), kind="stable")
     chosen = tuple(names[column] for column in ascending[-num_tags:])
-    # Counts tie in the original annotations. The published 50 are also kept if one of them ties
-    # with another tag at the last place.
+    # Some counts in the original annotations are equal. Keep the published 50 tags even if one of
+    # them shares the lowest count with another tag.
     cutoff = counts[ascending[-num_tags:][0]]
     count_of = dict(zip(names, counts, strict=True))
     if num_tags == len(MTT_TOP_TAGS) and all(
@@ -216,7 +216,7 @@ def is_inside(path: str) -> bool:
 
 
 def with_suffix(paths: Iterable[str], suffix: str) -> list[str]:
-    """Replace the file name extension of each path, such as by ``.low.mp3``.
+    """Replace the file name extension of each path, for example with ``.low.mp3``.
 
     Raises
     ------
@@ -241,7 +241,7 @@ def with_suffix(paths: Iterable[str], suffix: str) -> list[str]:
 def check_links(
     paths: Iterable[str], names: Iterable[str], audio_dir: Path, tables: Sequence[Path]
 ) -> None:
-    """Check that no symbolic link leads out of the audio folder, which may be a link itself.
+    """Check that no symbolic link leads out of the audio folder; the folder itself may be a link.
 
     Parameters
     ----------
@@ -269,7 +269,7 @@ def check_links(
         if not target.is_relative_to(inside):
             raise AnnotationsError(
                 f"{_find_in(tables, name)}: a link leads from {path} out of {audio_dir}, to "
-                f"{target}: replace it by the file"
+                f"{target}: replace the link with the file"
             )
 
 
@@ -311,12 +311,13 @@ def _read_table(path: Path) -> pd.DataFrame:
                 f"{path}: no column {column!r}: found {len(table.columns)} columns, the first "
                 f"{table.columns[0][:40]!r}; expected {CLIP_ID!r}, one column per tag, {MP3_PATH!r}"
             )
-    # pandas renames the second of two columns with the same name. The columns of splits and shards
-    # would replace tags with these names.
+    # pandas renames the second of two columns with the same name. The columns split and shard,
+    # which the toolkit adds, would replace tags with these names.
     repeated = [*header[header.duplicated()], *({"split", "shard"} & set(header))]
     if repeated:
         raise AnnotationsError(
-            f"{path}: row 1, column {repeated[0]!r}: the name is taken; rename this column"
+            f"{path}: row 1, column {repeated[0]!r}: this name is reserved or appears "
+            "twice; rename the column"
         )
     if len(table.columns) < 3:
         raise AnnotationsError(f"{path}: no tag columns between {CLIP_ID!r} and {MP3_PATH!r}")

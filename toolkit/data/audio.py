@@ -23,12 +23,12 @@ SAMPLES_PER_SEGMENT = 59049  # 3^10: 2.68 s at 22,050 Hz
 # MagnaTagATune's clips are 29.1 s long; the published program reads 29 s of each.
 CLIP_SECONDS = 29.0
 
-# Maximum samples per part: 6 minutes at 22,050 Hz, 34 MB. It determines how long clips are divided
-# into records of test shards, so a change changes the bytes of the shards.
+# Maximum samples per part: 6 minutes at 22,050 Hz, 34 MB. Test shards contain one record per part,
+# so another value changes the shards of long clips.
 PART_SAMPLES = 1 << 23
 
-# Samples to gather before resampling: many frames, to save calls into the library, but few enough
-# for a core's cache.
+# Samples per resampling call: enough to save calls into the library, and few enough for a core's
+# cache.
 _GATHERED_SAMPLES = 1 << 16
 
 
@@ -87,14 +87,14 @@ def decode_pieces(
     Raises
     ------
     AudioError
-        As `decode`. For a damaged file it may be raised after some pieces.
+        As `decode`. For a damaged file, the error may be raised after some pieces.
     """
     path = Path(path)
     try:
         if not path.is_file():
             raise AudioError(f"{path}: no such file")
         is_empty = path.stat().st_size == 0
-    except OSError as error:  # such as a name that is too long
+    except OSError as error:  # for example, the name is too long
         raise AudioError(f"{path}: cannot be read: {error.strerror}") from None
     if is_empty:
         raise AudioError(f"{path}: the file is empty")
@@ -156,7 +156,8 @@ def cut_pieces(
     """
     hop = hop or num_samples
     num_segments = segments_per_part(num_samples, hop)
-    # From the first sample of a part to that of the next part, or to its own end.
+    # step: samples from the start of a part to the start of the next part. span: samples to gather
+    # before a part is cut, so that both the part and a whole step are available.
     step = num_segments * hop
     span = max(step, step - hop + num_samples)
     gathered, num_gathered = [], 0
@@ -227,7 +228,7 @@ def _decoded_frames(container, path: Path, stop: float | None):
         # Decode one more second, since the resampler's filter looks ahead.
         if stop is not None and seconds >= stop + 1:
             break
-    if num_bad > 2 * num_good:  # the limit of ffmpeg
+    if num_bad > 2 * num_good:  # ffmpeg's default limit, an error rate of 2/3
         raise AudioError(f"{path}: {num_bad} of {num_good + num_bad} audio packets are damaged")
 
 
@@ -265,7 +266,7 @@ def import_madmom():
         setattr(module, name, value)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations in madmom, which no user can fix
+            warnings.simplefilter("ignore")  # deprecation warnings that users cannot fix
             from madmom.audio import signal
     except ImportError as error:
         raise UsageError(

@@ -1,7 +1,7 @@
-"""Building shards on the workers of a Dask cluster.
+"""Build shards on the workers of a Dask cluster.
 
 `connect` runs in the build's process, `make_shard` on the workers. Workers need no copy of the
-toolkit: the build sends its package as a zip file to all workers, also to those that join later.
+toolkit: the build sends the package as a zip file to all workers, including those that join later.
 Only ``build_mtt.py --scheduler`` and its workers import this module.
 """
 
@@ -35,8 +35,9 @@ CONNECT_SECONDS = 10  # timeout
 _CLOSE_SECONDS = 5  # timeout
 _TOPIC = "build_mtt"
 _RETRY = "run the same command again to resume"
-# The only module at the top of the zip file: distributed imports it, and it makes the package
-# importable. A worker may still have the package of an earlier build, possibly with other code.
+# The only module at the top of the zip file: distributed imports this module, which makes the
+# package importable. A worker may still have the package of an earlier build, possibly with other
+# code.
 _STARTER = """
 import os, sys
 package = os.path.join(os.path.dirname(__file__), "package")
@@ -49,19 +50,19 @@ if sys.path[0] != package:
 
 @dataclass(frozen=True)
 class _Requirements:
-    """What a worker must see and have to take part in a build."""
+    """Files and versions that a worker needs to take part in a build."""
 
     # Paths are strings: pathlib's pickles differ between versions of Python.
-    mark: str  # a file beside the shards that exists while the build runs
+    mark: str  # a file in the folder of the shards that exists while the build runs
     audio_dir: str
     clip: str  # path of an existing file in audio_dir
-    clip_bytes: int  # its size
+    clip_bytes: int  # size of this file
     versions: dict[str, str | None]  # of Python, and of the packages that samples depend on
     toolkit: str  # name of the zip file, which contains a hash of the package
 
 
 def _requirements(tasks: Sequence) -> _Requirements:
-    """Describe what this process sees and has."""
+    """Return the requirements: the files and versions of this process."""
     first = tasks[0]
     clips = (mp3_path for task in tasks for _, mp3_path, _ in task.clips)
     clip = next(path for path in clips if os.path.isfile(first.audio_dir / path))
@@ -141,7 +142,8 @@ def connect(
             counts[message["shard"]] = max(message["clips"], counts.get(message["shard"], 0))
 
     def submit(task) -> concurrent.futures.Future:
-        # The scheduler retries tasks of workers that die. Errors would be the same again.
+        # The scheduler retries tasks of workers that die, but not tasks that raise an error, which
+        # would raise the same error again.
         call = pickle.dumps(_Call(pickle.dumps(task), required))
         future = client.submit(pickle.loads, call, key=f"make_shard-{secrets.token_hex(16)}")
         # Futures of Client.get_executor() never finish if a result is lost with its worker.
@@ -174,8 +176,8 @@ def connect(
         ) from None
     except ModuleNotFoundError as error:
         raise BuildError(
-            f"a worker could not import the toolkit ({error}; {so_far()}); its log has the reason: "
-            f"{_RETRY}"
+            f"a worker could not import the toolkit ({error}; {so_far()}): see the worker's log, "
+            f"then {_RETRY}"
         ) from None
     except (
         ClosedClientError,
@@ -191,7 +193,7 @@ def connect(
 class _Call:
     """A call of `make_shard` that is executed when its pickle is loaded.
 
-    The scheduler unpickles what is submitted. Submitting bytes keeps it from importing the toolkit.
+    The scheduler unpickles what is submitted. Bytes keep the scheduler from importing the toolkit.
     """
 
     def __init__(self, *arguments):
@@ -206,7 +208,7 @@ async def _result(future: Future) -> dict:
 
 
 async def _num_workers(client: Client) -> int | None:
-    # In the client's own event loop this returns the last known number without waiting.
+    # In the client's event loop, scheduler_info returns the last known number without waiting.
     return client.scheduler_info().get("n_workers")
 
 
@@ -235,8 +237,8 @@ def _connect_client(scheduler: str) -> Client:
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BuildError(
-            f"--scheduler {scheduler}: no scheduler answers: {reason}: start one by "
-            "`dask scheduler` and give the address that it prints"
+            f"--scheduler {scheduler}: no scheduler answers: {reason}: start one with "
+            "`dask scheduler` and give the address that this command prints"
         ) from None
 
 
@@ -260,7 +262,7 @@ def _send_package(client: Client, required: _Requirements) -> None:
             for name, code in _package():
                 file.writestr(f"package/{name}", code)
         plugin = UploadFile(str(archive))
-    # A worker that dies meanwhile does not matter; one without the package fails in its task.
+    # Ignore workers that die meanwhile. A worker without the package fails in its first task.
     with suppress(OSError):
         client.register_plugin(plugin, name=required.mark)
 
@@ -285,7 +287,7 @@ def make_shard(pickled: bytes, required: _Requirements) -> dict:
     pickled : bytes
         A pickled `shards.ShardTask`.
     required : _Requirements
-        What the worker must see and have.
+        Files and versions that the worker needs.
 
     Returns
     -------
@@ -295,7 +297,7 @@ def make_shard(pickled: bytes, required: _Requirements) -> dict:
     Raises
     ------
     BuildError
-        The worker does not see a folder or lacks a package, or the build has ended.
+        The worker cannot access a folder or lacks a package, or the build has ended.
     OSError
         A file cannot be written.
     """
@@ -356,6 +358,6 @@ def _check_folders(name: str, required: _Requirements) -> None:
     ):
         if not is_seen:
             raise BuildError(
-                f"{name} does not see {path} as this machine does: mount it under the same path, "
-                f"or stop this worker, and {_RETRY}"
+                f"{name} cannot access {path} as this machine does: mount the folder under the "
+                f"same path, or stop this worker, and {_RETRY}"
             )

@@ -51,7 +51,7 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
     Raises
     ------
     ShardError
-        A shard is missing, or shards belong to different sets.
+        A shard is missing, or the shards belong to different sets.
     """
     found = {split: {} for split in SPLITS}
     totals = {split: set() for split in SPLITS}
@@ -78,7 +78,7 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
         missing = sorted(set(range(totals[split].pop())) - paths.keys())
         if missing:
             raise ShardError(
-                f"{folder}: {len(missing)} of the {split} shards missing, the first is "
+                f"{folder}: {len(missing)} of the {split} shards are missing, the first is "
                 f"{missing[0]:04d}: run build_mtt.py again to build the missing shards"
             )
     return {split: [paths[shard] for shard in sorted(paths)] for split, paths in found.items()}
@@ -99,8 +99,8 @@ def read_manifest(path: str | Path) -> dict:
     -------
     dict
         ``tags``, ``sample_rate``, ``num_samples`` and, per split, ``clips``, ``segments`` and
-        ``shards``; shards that `build_mtt` built also have ``options``, ``skipped`` and
-        ``versions``.
+        ``shards``. Manifests that ``build_mtt.py`` writes also contain ``options``, ``skipped``
+        and ``versions``.
 
     Raises
     ------
@@ -112,17 +112,22 @@ def read_manifest(path: str | Path) -> dict:
     except ValueError as error:
         raise ShardError(f"{path}: not JSON ({error}): build the shards again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
-        raise ShardError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+        raise ShardError(
+            f"{path}: not a manifest of format {MANIFEST_FORMAT}: build the shards again"
+        )
     missing = {"tags", "sample_rate", "num_samples", "splits"} - manifest.keys()
     if missing:
-        raise ShardError(f"{path}: the manifest lacks {', '.join(sorted(missing))}")
+        names = ", ".join(sorted(missing))
+        raise ShardError(f"{path}: the manifest lacks {names}: build the shards again")
     is_valid = (
         isinstance(manifest["tags"], list)
         and all(isinstance(tag, str) for tag in manifest["tags"])
         and all(_is_count(manifest[name]) for name in ("sample_rate", "num_samples"))
     )
     if not is_valid:
-        raise ShardError(f"{path}: tags, sample_rate or num_samples are invalid")
+        raise ShardError(
+            f"{path}: tags, sample_rate or num_samples are invalid: build the shards again"
+        )
     try:
         for split in manifest["splits"].values():
             is_valid &= _is_count(split["clips"]) and _is_count(split["segments"])
@@ -131,7 +136,9 @@ def read_manifest(path: str | Path) -> dict:
     except (AttributeError, KeyError, TypeError):
         is_valid = False
     if not is_valid:
-        raise ShardError(f"{path}: the manifest does not list the shards of the splits")
+        raise ShardError(
+            f"{path}: the manifest does not list the shards of the splits: build the shards again"
+        )
     return manifest
 
 
@@ -184,7 +191,7 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def write_manifest(folder: str | Path, manifest: dict) -> None:
-    """Write ``manifest.json`` atomically; its format is added."""
+    """Write ``manifest.json`` atomically; the number of the format is added."""
     content = json.dumps({"format": MANIFEST_FORMAT} | manifest, indent=1, ensure_ascii=False)
     write_atomically(Path(folder) / MANIFEST_NAME, _encode(content + "\n"))
 

@@ -103,7 +103,7 @@ def index_records(path: str | Path) -> np.ndarray:
                 raise _damaged(path, len(records), "the file is truncated")
             length, length_crc = _HEADER.unpack(header)
             if _masked_crc(header[:8]) != length_crc:
-                raise _damaged(path, len(records), "its length is damaged")
+                raise _damaged(path, len(records), "the length field is damaged")
             start = position + _HEADER.size
             position = start + length + _FOOTER.size
             if position > size:
@@ -128,11 +128,11 @@ def read_record(
     Parameters
     ----------
     file : binary file
-        The open shard; may be shared by threads, since its position is not used.
+        The open shard. Threads may share the file, because reads do not use its position.
     path : str or Path
         Name of the shard, for errors.
     number, start, length : int
-        Number of the record in the shard, and its row of `index_records`.
+        Number of the record in the shard, and the two values of its row in `index_records`.
 
     Raises
     ------
@@ -189,7 +189,7 @@ def encode_clip(clip: Clip, split: str, encoding: str = "float32") -> Iterator[b
     clip : Clip
         A clip, or a part of a long one (see `audio.cut_pieces`).
     split : {'train', 'val', 'test'}
-        Split of the shard, which selects the message.
+        Split of the shard, which selects the type of message.
     encoding : {'float32', 'int16'}
         Type of the stored samples; the published program reads only float32.
 
@@ -232,7 +232,7 @@ def _set_features(features: Features, values: dict[str, bytes]) -> None:
 
 
 class _InvalidError(Exception):
-    """The content of a record is invalid; `decode_record` adds shard and number."""
+    """The content of a record is invalid; the caller adds the shard and the record's number."""
 
 
 def decode_record(
@@ -249,7 +249,7 @@ def decode_record(
     record : bytes or memoryview
         Content of the record.
     path : str or Path
-        Its shard, whose name selects the message.
+        Shard of the record; its name selects the type of message.
     number : int
         Number of the record in the shard, for errors.
     num_samples, num_tags : int or None
@@ -258,7 +258,8 @@ def decode_record(
     Returns
     -------
     Clip
-        One segment of a training or validation shard; the segments of a test record.
+        A clip with one segment from a training or validation shard, or with all segments of a
+        record of a test shard.
 
     Raises
     ------
@@ -332,7 +333,7 @@ def read_segment(
 
 @cache
 def _segment_header(num_bytes: int) -> bytes:
-    """Return the bytes between the other features of a record and its samples."""
+    """Return the header of the samples: the bytes between the other features and the samples."""
     features = Features()
     _set_features(features, {SEGMENT_FEATURE: bytes(num_bytes)})
     return features.SerializeToString()[:-num_bytes]
@@ -438,7 +439,9 @@ def _encoding(features: Features) -> str:
     if ENCODING_FEATURE in features.feature:
         encoding = _value(features, ENCODING_FEATURE).decode(errors="replace")
     if encoding not in ENCODINGS:
-        raise _InvalidError(f"samples are encoded as {encoding!r}")
+        raise _InvalidError(
+            f"samples are encoded as {encoding!r}, expected {' or '.join(ENCODINGS)}"
+        )
     return encoding
 
 

@@ -1,6 +1,6 @@
-"""Shards as tasks: plan them, find the finished ones, and build one.
+"""Plan shards as tasks, find the finished shards, and build a shard.
 
-Building a shard means to decode its clips, cut them into segments, and write the records.
+To build a shard, a worker decodes its clips, cuts them into segments, and writes the records.
 """
 
 import os
@@ -51,7 +51,7 @@ def plan_shards(
     audio_dir : Path
         Folder to which the paths of the clips are relative.
     options : dict
-        Values of the other fields of `ShardTask`; further options are ignored.
+        Values of the other fields of `ShardTask`; additional options are ignored.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def plan_shards(
 
 
 def finished_shards(folder: Path, tasks: list[ShardTask]) -> dict[str, dict]:
-    """Return the entries of shards that an earlier run finished and that stay as they are."""
+    """Return the entries of shards that an earlier run finished and that need no rebuilding."""
     shard_of = {clip_id: task.path.name for task in tasks for clip_id, _, _ in task.clips}
     entries = read_progress(folder, shard_of)
     done = {}
@@ -88,7 +88,7 @@ def finished_shards(folder: Path, tasks: list[ShardTask]) -> dict[str, dict]:
 
 
 def _gains_clips(task: ShardTask, entry: dict) -> bool:
-    """Return whether a clip that was skipped can be decoded now, and no other clip is missing."""
+    """Return whether rebuilding a shard adds a skipped clip and loses no other clip."""
     skipped = {row[MP3_PATH] for row in entry["skipped"]}
     gained = [row[MP3_PATH] for row in entry["skipped"] if _can_decode(task, row[MP3_PATH])]
     # Rebuilding must not lose clips whose audio was removed after the build.
@@ -122,8 +122,8 @@ def make_shard(task: ShardTask, count_clip: Callable[[], None] = lambda: None) -
     Returns
     -------
     dict
-        The shard's entry in the manifest, with its name, numbers of clips, segments and bytes, and
-        in addition the skipped clips with the reason for each.
+        Entry of the shard: its name and its numbers of clips, segments and bytes, as in the
+        manifest, and the skipped clips with the reason for each.
     """
     counts = {"clips": 0, "segments": 0}
     skipped = []

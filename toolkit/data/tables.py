@@ -1,8 +1,9 @@
 """Your own tables: CSV or TSV tables of audio files with their tags, and the split of their clips.
 
-Each row is a file. Its tags are columns of 0 and 1, or a list in one column, with delimiters or
-continued in the columns that follow, as in MTG-Jamendo's tables. The split is a column, or part of
-the table's name, or drawn at random by groups of clips, such as those of an artist.
+Each row describes a file. Tags are columns of 0 and 1, or a list. A list is in one column, with
+delimiters, or continues in the columns that follow, as in MTG-Jamendo's tables. The split is a
+column, or part of the table's name, or drawn at random for groups of clips, such as the clips of an
+artist.
 """
 
 import csv
@@ -29,7 +30,7 @@ from toolkit.errors import AnnotationsError, UsageError
 import numpy as np
 import pandas as pd
 
-# Names of columns, in any case.
+# Names of columns; upper and lower case are equal.
 PATH_COLUMNS = (
     MP3_PATH, "path", "file", "filename", "file_name", "filepath", "file_path", "audio_path",
 )  # fmt: skip
@@ -50,7 +51,7 @@ class TableForm:
 
     path_column: str | None = option(
         None, "column of the paths of the audio files",
-        shown=f"the column named {', '.join(PATH_COLUMNS)}, in any case",
+        shown=f"the column named {', '.join(PATH_COLUMNS)}; case is ignored",
         group="your own data", metavar="NAME",
     )  # fmt: skip
     tags_column: str | None = option(
@@ -69,10 +70,10 @@ class TableForm:
         group="your own data", metavar="NAME",
     )  # fmt: skip
     split_by: str | None = option(
-        None, f"column, or {FOLDER} for the first folder of the path, whose groups are assigned to "
-        "train, val and test at random, about 75, 8 and 17 %% of the clips; a group stays in one "
-        "split",
-        shown="no", group="your own data", metavar="NAME",
+        None, f"draw the split at random: clips with the same value in this column, or in the same "
+        f"first folder of the path if NAME is {FOLDER}, stay in one split; train, val and test "
+        "get about 75, 8 and 17 %% of the clips",
+        group="your own data", metavar="NAME",
     )  # fmt: skip
     split_seed: int = option(
         0, "seed of --split-by", group="your own data", type=cli.non_negative_int, metavar="N"
@@ -110,11 +111,11 @@ class _Table:
         return [row.fields[place] for row in self.rows]
 
     def matching(self, *names: str) -> list[str]:
-        """Return the columns that have one of these names, in any case."""
+        """Return the columns that have one of these names; case is ignored."""
         return [column for column in self.header if column.casefold() in names]
 
     def named(self, column: str, flag: str) -> str:
-        """Return a column that an option names; raise UsageError if it does not exist."""
+        """Return a column that an option names; raise UsageError if there is no such column."""
         if column not in self.header:
             raise UsageError(
                 f"{flag} {column}: {self.rows[0].path} has no such column; its columns are "
@@ -249,7 +250,8 @@ def _read(path: Path) -> _Table:
     for row in rows:
         if len(row.fields) < len(header):
             raise AnnotationsError(
-                f"{path}: row {row.line}: {len(row.fields)} fields, row 1 has {len(header)}"
+                f"{path}: row {row.line}: {len(row.fields)} fields, row 1 has {len(header)}: "
+                "every row needs a field for each column"
             )
     return _Table(header, rows, delimiter)
 
@@ -269,7 +271,7 @@ def _find_path_column(table: _Table, form: TableForm) -> str:
     if len(found) != 1:
         what = "several columns of paths" if found else "no column of paths"
         raise UsageError(
-            f"{table.rows[0].path}: {what} in {_listed(found or table.header)}: select one by "
+            f"{table.rows[0].path}: {what} in {_listed(found or table.header)}: select one with "
             "--path-column"
         )
     return found[0]
@@ -307,7 +309,7 @@ def _find_tags(
         if column not in no_tags and not set(table.values(column)) <= {"0", "1"}:
             return _read_lists(table, column, form.tags_delimiter)
     if form.tags_delimiter:
-        raise UsageError("--tags-delimiter: give the column of the lists by --tags-column")
+        raise UsageError("--tags-delimiter: name the column of the lists with --tags-column")
     return _read_columns(table, no_tags)
 
 
@@ -336,12 +338,14 @@ def _read_columns(
     if not columns:
         raise UsageError(
             f"{table.rows[0].path}: no column contains only 0 and 1, and none is named "
-            f"{TAGS_COLUMN!r}: give the column that lists the tags by --tags-column, one of "
+            f"{TAGS_COLUMN!r}: name the column that lists the tags with --tags-column, one of "
             f"{_listed(table.header)}"
         )
     notes = [f"tags are {len(columns)} columns of 0 and 1"]
     if unused:
-        notes.append(f"columns with other values than 0 and 1, not tags: {_listed(unused)}")
+        notes.append(
+            f"columns that are not tags, with values other than 0 and 1: {_listed(unused)}"
+        )
     return lists, columns, notes
 
 
@@ -375,7 +379,7 @@ def _read_lists(
 
 def _checked_tag(tag: str, row: _Row, column: str) -> str:
     if tag in _TAKEN or re.search(r"[\x00-\x1f]", tag):
-        raise row.error(column, f"{tag!r} cannot be the name of a tag: rename it")
+        raise row.error(column, f"{tag!r} cannot be the name of a tag: rename the tag")
     return tag
 
 
@@ -398,8 +402,8 @@ def _find_splits(
     if len(columns) == 1:
         return _read_splits(table, columns[0])
     raise UsageError(
-        f"{table.rows[0].path}: the split is unknown: give a column by --split-column, or draw it "
-        f"by --split-by, with a column such as the artist, or {FOLDER}"
+        f"{table.rows[0].path}: the split is unknown: name its column with --split-column, or draw "
+        f"the split with --split-by and a column such as the artist, or with --split-by {FOLDER}"
     )
 
 
@@ -438,7 +442,7 @@ def _split_by_groups(
     if len(sizes) < len(SPLITS):
         raise AnnotationsError(
             f"{table.rows[0].path}: {what}: {len(sizes)} groups with tags, too few for "
-            f"{', '.join(SPLITS)}: split by something else"
+            f"{', '.join(SPLITS)}: use another --split-by"
         )
     split_of = draw_splits(sizes, form.split_seed)
     return [split_of.get(group) for group in groups], (

@@ -1,1 +1,1 @@
-"""Model files: our checkpoints, published Keras 2 files, and exports."""
+"""Model files: the toolkit's checkpoints, published Keras 2 files, and exports."""

@@ -1,8 +1,8 @@
-"""Model files: naming, finding, writing and loading them as data.
+"""Name, find, write and load model files.
 
-Three kinds are read: our ``.keras``, the published program's Keras 2 ``.hdf5`` (whole model or
-weights only), and Keras 3's ``.h5``. Only names and arrays of a file are used: we build our own
-network and assign the arrays to it, so no code in a file is ever run.
+Three kinds are read: the ``.keras`` files of this toolkit, the published program's Keras 2
+``.hdf5`` (whole model or weights only), and Keras 3's ``.h5``. `load` builds the network itself and
+takes only names and arrays from a file, so code in a file is never executed.
 """
 
 import dataclasses
@@ -41,13 +41,13 @@ class Checkpoint:
     network : keras.Model
         Not compiled.
     config : NetworkConfig
-        Which network it is.
+        Hyper-parameters of the network.
     tags : tuple of str or None
-        Names of the outputs in order; None if the file does not name them, as ``.hdf5`` files.
+        Names of the outputs in order; None if the file names no tags, such as an ``.hdf5`` file.
     sample_rate : int
         Sample rate of the segments, in Hz.
     training : dict
-        State of training, as given to `save`.
+        State of the training that wrote the file; empty if there is none.
     """
 
     network: "keras.Model"
@@ -65,8 +65,9 @@ def checkpoint_name(epoch: int, val_loss: float) -> str:
 def find_best(stage_dir: str | Path) -> Path | None:
     """Find the checkpoint with the lowest validation loss in a stage's folder.
 
-    Both our ``.keras`` files and the published program's ``.hdf5`` files are found. Of equal losses
-    the later epoch is the best: only epochs that improve are saved, so its unrounded loss is lower.
+    Both ``.keras`` files and the published program's ``.hdf5`` files are found. If two file names
+    contain the same loss, the later epoch is the best: only epochs that improve are saved, so the
+    unrounded loss of the later epoch is lower.
 
     Returns
     -------
@@ -139,12 +140,12 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def load_optimizer(path: str | Path, trainer: "keras.Model") -> None:
-    """Restore the optimizer's state that `save` wrote with its trainer.
+    """Restore the state of the optimizer that `save` wrote.
 
     Raises
     ------
     CheckpointError
-        The state is of another optimizer or network.
+        The file contains the state of another optimizer or network.
     """
     trainer.optimizer.build(trainer.trainable_variables)
     with _open_keras_weights(Path(path)) as file:
@@ -223,9 +224,9 @@ def _open_keras_weights(path: Path):
 
 
 def _read_member(path: Path, name: str, max_bytes: int) -> bytes:
-    """Read an uncompressed file of a .keras archive; Keras compresses none.
+    """Read a file of a .keras archive; the file must be uncompressed, as Keras writes it.
 
-    The declared size of a compressed file can be false, so unpacking it could fill the memory.
+    The declared size of a compressed file can be false, so decompression could fill the memory.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -236,7 +237,7 @@ def _read_member(path: Path, name: str, max_bytes: int) -> bytes:
                 )
             info = archive.getinfo(name)
             if info.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{path}: {name} is compressed: expected it uncompressed")
+                raise CheckpointError(f"{path}: {name} is compressed: expected an uncompressed one")
             if info.file_size > max_bytes:
                 raise CheckpointError(
                     f"{path}: {name} has {info.file_size} bytes: expected at most {max_bytes}"

@@ -25,11 +25,11 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Which network of the paper to build."""
+    """Hyper-parameters that select one of the paper's networks."""
 
     block: str = option("se", "building block", group="network", choices=BLOCKS)
     multi: bool = option(
-        True, "aggregate only the last block instead of the last three",
+        True, "use only the output of the last block instead of aggregating the last three",
         group="network", flag="--no-multi",
     )  # fmt: skip
     alpha: float = option(

@@ -26,8 +26,8 @@ import numpy as np
 # Largest allowed difference between the outputs of an export and of the network.
 TOLERANCE = 1e-4
 _MAX_PROTOBUF_BYTES = 2**31 - 1
-# Place of the description: in a LiteRT file, which is also a zip archive, and in the folder of a
-# SavedModel that TensorFlow reserves for other programs.
+# Name of the description in a LiteRT file, which is also a zip archive, and in a SavedModel. There,
+# TensorFlow reserves this folder for files of other programs.
 DESCRIPTION_NAME = "network.json"
 DESCRIPTION_FOLDER = "assets.extra"
 
@@ -50,7 +50,7 @@ def export(path: str | Path, checkpoint: Checkpoint) -> float:
     Raises
     ------
     UsageError
-        The suffix is unknown, or the library or backend that it needs is missing.
+        The suffix is unknown, or the library or backend that the format needs is missing.
     ExportError
         The exported model differs by more than `TOLERANCE`, or is too large for the format.
     """
@@ -100,8 +100,8 @@ def _export_onnx(path: Path, checkpoint: Checkpoint) -> float:
     num_bytes = sum(weight.nbytes for weight in checkpoint.network.get_weights())
     if num_bytes > _MAX_PROTOBUF_BYTES:
         raise ExportError(
-            f"{path}: not written: {messages.size(num_bytes)} of weights, ONNX files hold at "
-            f"most {messages.size(_MAX_PROTOBUF_BYTES)}"
+            f"{path}: not written: {messages.size(num_bytes)} of weights, but ONNX files store at "
+            f"most {messages.size(_MAX_PROTOBUF_BYTES)}: write .savedmodel"
         )
     content = build_onnx(checkpoint).SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -168,7 +168,7 @@ def _export_litert(path: Path, checkpoint: Checkpoint) -> float:
     with tempfile.TemporaryDirectory() as folder, backend.stderr_held():
         _save_signature(Path(folder), checkpoint)
         file = io.BytesIO(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
-        # LiteRT ignores what follows its content, and a zip archive ignores what precedes it.
+        # LiteRT ignores bytes after its content, and zip readers ignore bytes before the archive.
         with zipfile.ZipFile(file, "a") as archive:
             archive.writestr(DESCRIPTION_NAME, _description_text(checkpoint))
         run = Interpreter(model_content=file.getvalue()).get_signature_runner("serving_default")

@@ -1,4 +1,4 @@
-"""Reading HDF5 files from untrusted sources: arrays only, with limits on sizes and no links.
+"""Read HDF5 files from untrusted sources: arrays only, with limits on sizes, and no links.
 
 The checks run before an array is read. They do not protect against bugs of the HDF5 library itself
 (docs/reliability.md).
@@ -54,7 +54,7 @@ def open_hdf5(path: Path, content: bytes | None = None):
 
 
 def list_arrays(file, path: str | Path) -> dict:
-    """Return the arrays of an open file by their path in it, after checking each of them.
+    """Check the arrays of an open file; return them by their path in the file.
 
     Raises
     ------
@@ -91,7 +91,9 @@ def list_arrays(file, path: str | Path) -> dict:
     except DAMAGE as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     if num_bytes > file_size:
-        raise CheckpointError(f"{path}: arrays of {num_bytes} bytes in a file of {file_size}")
+        raise CheckpointError(
+            f"{path}: declares arrays of {num_bytes} bytes, but has only {file_size}"
+        )
     return datasets
 
 
@@ -119,7 +121,7 @@ def assign(variable, dataset, name: str, path: str | Path) -> None:
     variable : keras.Variable
         Variable to set.
     dataset : h5py.Dataset or None
-        Array to assign; None if the file has none.
+        Array to assign; None if the file does not contain the array.
     name : str
         Name for errors.
     path : str or Path
@@ -148,16 +150,16 @@ def assign(variable, dataset, name: str, path: str | Path) -> None:
 
 
 def check_sizes(config: NetworkConfig, datasets: dict, path: Path) -> None:
-    """Check that a file stores enough numbers for the network that it declares.
+    """Check that a file stores enough numbers for the network that the file declares.
 
-    A small file must not make us allocate a large network.
+    Otherwise a small file could cause the allocation of a large network.
 
     Raises
     ------
     CheckpointError
         The file is too small for the network.
     """
-    # The largest kernels of the last block and the output layer are most of the network.
+    # A lower bound: the largest kernels of the last block, and the output layer.
     width = 4 * config.init_features
     num_numbers = 1.5 * width**2 + width * config.num_tags
     if config.has_excitations:
@@ -165,6 +167,7 @@ def check_sizes(config: NetworkConfig, datasets: dict, path: Path) -> None:
     num_stored = sum(dataset.size for dataset in datasets.values())
     if num_numbers > num_stored:
         raise CheckpointError(
-            f"{path}: stores {num_stored} numbers: a network of {config.init_features} features, "
-            f"alpha {config.alpha:g} and {config.num_tags} tags has more than {num_numbers:.0f}"
+            f"{path}: stores {num_stored} numbers, but a network of {config.init_features} "
+            f"features, alpha {config.alpha:g} and {config.num_tags} tags has more "
+            f"than {num_numbers:.0f}"
         )

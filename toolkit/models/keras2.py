@@ -1,4 +1,4 @@
-"""Published checkpoints: Keras 2 ``.hdf5`` files, and weights in Keras 3's ``.h5`` files.
+"""Load published checkpoints (Keras 2 ``.hdf5`` files) and weights in Keras 3's ``.h5`` files.
 
 Only names and arrays are read. The network is inferred from the shapes of the arrays, and layers
 are matched by the order in which they were created.
@@ -98,8 +98,8 @@ def _creation_order(layer: str) -> tuple:
     """Return a key that sorts layers by creation.
 
     A Keras 2 file lists layers by depth, which swaps the equal-shaped convolutions of residual
-    blocks. The numbers in Keras's automatic names count layers as they are created. Our own names
-    contain the place; in a residual block the shortcut is created first.
+    blocks. Keras numbers automatic names in order of creation. Names given by `model.build_network`
+    contain the layer's place; in a residual block the shortcut is created first.
     """
     if match := re.fullmatch(r"(?:conv1d|dense|batch_normalization)(?:_(\d+))?", layer):
         return (0, int(match[1] or 0), 0)
@@ -155,7 +155,7 @@ def _infer_config(arrays: dict[str, list], path: Path) -> NetworkConfig:
             multi=denses[-2][0] != last_width,
             num_tags=denses[-1][1],
             init_features=features,
-            # From the last block: it is the widest, so rounding down has the least effect.
+            # Rounding down has the least effect in the last block, which is the widest.
             alpha=denses[-4][1] / last_width if has_se and last_width else 16.0,
         )
     except UsageError as error:

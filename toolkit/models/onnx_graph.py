@@ -11,13 +11,13 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx
 
-# Old enough for the runtimes of 2022, new enough for every operator that is used.
+# The runtimes of 2022 support these versions, which contain every operator that is used.
 _OPSET = 17
 _IR_VERSION = 8
 
 
 def describe(checkpoint: Checkpoint) -> dict:
-    """Return what a program needs to know to use a model, as a JSON-serialisable dict.
+    """Return the metadata that a program needs to use a model, as a JSON-serialisable dict.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def build_onnx(checkpoint: Checkpoint) -> "onnx.ModelProto":
     Raises
     ------
     ExportError
-        The network has a layer without a translation.
+        The network has a layer without an ONNX operator.
     """
     import onnx
 

@@ -1,4 +1,4 @@
-"""The tags of models whose files do not name them."""
+"""Names of the tags of models whose files contain none."""
 
 import json
 from pathlib import Path
@@ -47,13 +47,13 @@ def choose_tags(
     checkpoint : Checkpoint
         The loaded model.
     tags_path : str or Path or None
-        File that names the tags (see `read_tags`), or None to take those of the model. If the
-        model's file names no tags, MagnaTagATune's 50 are assumed, and a message says so.
+        File that names the tags (see `read_tags`), or None for the tags of the model. If the
+        model's file names no tags, MagnaTagATune's 50 are assumed and a message is printed.
 
     Raises
     ------
     UsageError
-        The number of tags is not the model's number of outputs, or they cannot be known.
+        The number of tags is not the model's number of outputs, or the tags are unknown.
     """
     num_tags = checkpoint.config.num_tags
     if tags_path is not None:
@@ -63,7 +63,7 @@ def choose_tags(
                 f"--tags {tags_path}: {len(tags)} tags, but {model_path} has {num_tags} outputs"
             )
         if checkpoint.tags not in (None, tags):
-            raise UsageError(f"--tags {tags_path}: {model_path} names other tags: leave it out")
+            raise UsageError(f"--tags {tags_path}: {model_path} names other tags: omit --tags")
         return tags
     if checkpoint.tags is not None:
         return checkpoint.tags

@@ -1,9 +1,9 @@
-"""Training on several devices and hosts.
+"""Train on several devices and hosts.
 
 With JAX, one process per host trains on all devices of its host, through Keras's ``DataParallel``
 (`toolkit.training.hosts` connects the processes). Every process runs the same steps of the same
-program; only the first one writes files and prints messages. With TensorFlow, the devices of one
-host train together, through ``tf.distribute.MirroredStrategy``.
+program; only the first process writes files and prints messages. With TensorFlow, the devices of
+one host train together, through ``tf.distribute.MirroredStrategy``.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ class Job:
         if self.is_first:
             import keras
 
-            # Variables that Keras creates under a distribution wait for the other processes.
+            # Under a distribution, creating a variable would wait for the other processes.
             distribution = keras.distribution.distribution()
             keras.distribution.set_distribution(None)
             self.synchronise_norms(network, False)
@@ -107,7 +107,7 @@ class Job:
         what : str
             Name of the value, for the error message.
         see : callable
-            Returns the value as this process sees it.
+            Returns this process's value.
         advice : str
             What to do if the values differ.
 
@@ -183,10 +183,13 @@ class Job:
             Several JAX devices train together, which needs a compiled network.
         """
         if self.strategy and choice == "auto":
-            return False  # TensorFlow cannot compile for every kind of several devices
+            # With several devices, TensorFlow cannot compile on every kind of device.
+            return False
         jit = backend.choose_jit(choice, block)
         if self.mesh and not jit:
-            raise UsageError("--jit off: --distribute with JAX needs a compiled network")
+            raise UsageError(
+                "--jit off: --distribute with JAX needs a compiled network: omit --jit off"
+            )
         return jit
 
     def describe(self, jit: bool, mixed_precision: bool) -> str:
@@ -206,7 +209,8 @@ class Job:
     def spread(self, make_batches: Callable[[], Iterator]):
         """Return batches in the form that Keras's training loop divides among devices.
 
-        With TensorFlow that is a dataset of fixed shapes, which Keras may start more than once.
+        With TensorFlow, this form is a ``tf.data.Dataset`` of fixed shapes, over which Keras may
+        iterate more than once.
         """
         if self.strategy is None:
             return make_batches()
@@ -217,9 +221,10 @@ class Job:
         return tf.data.Dataset.from_generator(make_batches, output_signature=signature)
 
     def synchronise_norms(self, network: "keras.Model", synchronised: bool = True) -> None:
-        """Let batch normalisation use the statistics of the whole batch, not of a device's part.
+        """Make batch normalisation use the statistics of the whole batch, not of a device's part.
 
-        Only TensorFlow needs the setting. Files must not contain it: other backends reject it.
+        Only TensorFlow needs this setting. Model files must not contain the setting, because other
+        backends reject it.
         """
         if self.strategy:
             for layer in network.layers:
@@ -229,17 +234,17 @@ class Job:
 
 @contextmanager
 def open_job(distribute: bool, check_stop: Callable[[], None]) -> Iterator[Job]:
-    """Find the devices and, with JAX, the other processes; distribute Keras over them.
+    """Find the devices, connect the processes (JAX), and make Keras use all devices.
 
-    Call it before Keras computes anything.
+    This function must be called before Keras computes anything.
 
     Parameters
     ----------
     distribute : bool
         Whether to use more than one device.
     check_stop : callable
-        Raises if this process received a signal. Then the other processes probably received it
-        too, and are not reported as lost.
+        Raises if this process received a signal. In this case the other processes probably
+        received the signal too and are not reported as lost.
 
     Yields
     ------
@@ -271,7 +276,9 @@ def open_job(distribute: bool, check_stop: Callable[[], None]) -> Iterator[Job]:
             yield job
         return
     if name != "jax":
-        raise UsageError("--distribute: needs KERAS_BACKEND=jax, or tensorflow on one host")
+        raise UsageError(
+            f"--distribute: needs KERAS_BACKEND=jax, or tensorflow on one host; this is {name}"
+        )
 
     with connected(num_processes, process, check_stop):
         try:
@@ -287,7 +294,7 @@ def _start_jax(num_processes: int, process: int) -> Job:
     if jax.device_count() != num_processes * jax.local_device_count():
         raise UsageError(
             f"{jax.local_device_count()} devices on this host, {jax.device_count()} on all "
-            f"{num_processes} hosts: every host must have the same number"
+            f"{num_processes} hosts: every host must have the same number of devices"
         )
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), (BATCH_AXIS,))

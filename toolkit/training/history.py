@@ -9,7 +9,7 @@ from toolkit import backend, figures, messages
 from toolkit.files import write_atomically
 
 HISTORY_NAME = "training.csv"
-PICTURE_NAME = "training.png"  # shows all stages; stored beside their folders
+PICTURE_NAME = "training.png"  # shows all stages; is in the folder that contains their folders
 
 
 def write_history(path: str | Path, history: list[dict[str, float]]) -> None:
@@ -31,7 +31,7 @@ def plot_training(train_dir: str | Path) -> Path:
     Parameters
     ----------
     train_dir : str or Path
-        Folder that holds the folders of the stages; the picture is written to it.
+        Folder that contains the folders of the stages, and to which the picture is written.
 
     Returns
     -------
@@ -68,12 +68,12 @@ class EventLog:
     stage_dir : Path
         Folder of the stage.
     history : list of dict
-        Rows of the epochs so far. Those that the folder's event files lack are written, since the
-        program may have been killed before it wrote them.
+        Rows of the epochs so far. Rows that are missing from the folder's event files are written,
+        because an earlier run may have been killed before it wrote them.
     """
 
     def __init__(self, stage_dir: Path, history: list[dict]):
-        # TensorBoard imports TensorFlow if it is installed, which logs.
+        # If TensorFlow is installed, TensorBoard imports TensorFlow, which writes to stderr.
         with backend.stderr_held():
             from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
             from tensorboard.summary.writer.event_file_writer import EventFileWriter

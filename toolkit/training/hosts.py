@@ -1,4 +1,4 @@
-"""Connecting the processes of several hosts, which train together with JAX.
+"""Connect the processes of several hosts that train together with JAX.
 
 The processes find each other through Keras's environment variables:
 
@@ -36,7 +36,7 @@ _LOST = re.compile(
 
 
 def read_environment() -> tuple[int, int]:
-    """Return the number of processes and the number of this one.
+    """Return the number of processes and the number of this process.
 
     Raises
     ------
@@ -47,16 +47,19 @@ def read_environment() -> tuple[int, int]:
     for name, default in ((NUM_PROCESSES, "1"), (PROCESS_ID, "0")):
         text = os.environ.get(name, default)
         if not text.isdecimal():
-            raise UsageError(f"{name}={text}: not an integer")
+            raise UsageError(f"{name}={text}: expected an integer of at least 0")
         values.append(int(text))
     num_processes, process = values
     if num_processes < 1 or (ADDRESSES in os.environ and NUM_PROCESSES not in os.environ):
-        raise UsageError(f"{NUM_PROCESSES}: expected the number of processes that train together")
+        found = os.environ.get(NUM_PROCESSES, "")
+        raise UsageError(
+            f"{NUM_PROCESSES}={found}: expected the number of processes that train together"
+        )
     if num_processes > 1 and PROCESS_ID not in os.environ:
-        raise UsageError(f"{PROCESS_ID}: expected the number of this process, from 0")
+        raise UsageError(f"{PROCESS_ID}=: expected the number of this process, from 0")
     if process >= num_processes:
         raise UsageError(
-            f"{PROCESS_ID}={process}: the processes are 0 to {num_processes - 1} "
+            f"{PROCESS_ID}={process}: expected 0 to {num_processes - 1} "
             f"({NUM_PROCESSES}={num_processes})"
         )
     return num_processes, process
@@ -64,15 +67,15 @@ def read_environment() -> tuple[int, int]:
 
 @contextmanager
 def connected(num_processes: int, process: int, check_stop: Callable[[], None]) -> Iterator[None]:
-    """Connect this process to the others; report it if one of them is lost.
+    """Connect this process to the other processes; raise an error if another host is lost.
 
     Parameters
     ----------
     num_processes, process : int
-        Number of processes, and the number of this one. Nothing happens if there is only one.
+        Number of processes, and the number of this process. A single process is not connected.
     check_stop : callable
-        Raises if this process received a signal. Then the other processes probably received it
-        too, and are not reported as lost.
+        Raises if this process received a signal. In this case the other processes probably
+        received the signal too and are not reported as lost.
 
     Raises
     ------
@@ -100,9 +103,9 @@ def connected(num_processes: int, process: int, check_stop: Callable[[], None]) 
 
 
 def run_process(run: Callable[[], int]) -> int:
-    """Run one process of a job and end it at once after an error.
+    """Run one process of a job; after an error, exit without JAX's exit handlers.
 
-    At exit, JAX would wait for the other processes, which wait for this one.
+    JAX's exit handlers would wait for the other processes, which wait for this process.
     """
     try:
         status = run()
@@ -134,9 +137,9 @@ def _connect(address: str, num_processes: int, process: int) -> None:
     """Connect to the other processes, as keras.distribution.initialize does."""
     import jax
 
-    # SIGTERM is handled by toolkit.signals; JAX would take it as a notice of preemption.
+    # toolkit.signals handles SIGTERM, which JAX would treat as a preemption notice.
     jax.config.update("jax_enable_preemption_service", False)
-    # Python's signal handlers do not run while JAX waits: a signal must end the process.
+    # Python's signal handlers do not run while JAX waits, so use the default action: exit.
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
@@ -162,7 +165,7 @@ def _connect(address: str, num_processes: int, process: int) -> None:
 
 @contextmanager
 def _stdout_discarded() -> Iterator[None]:
-    """Discard what Gloo prints to stdout about its connections."""
+    """Discard stdout, to which Gloo prints messages about its connections."""
     sys.stdout.flush()
     stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -176,10 +179,10 @@ def _stdout_discarded() -> Iterator[None]:
 
 
 def _start_monitor() -> subprocess.Popen:
-    """Start a small process that prints an error if this one ends without an error message.
+    """Start a small process that prints an error if this process ends without an error message.
 
-    When a host is lost, JAX aborts this process from one of its own threads, with a stack dump
-    that names no cause. Python code cannot handle that.
+    When a host is lost, a thread of JAX aborts this process with a stack dump that names no cause.
+    Python code cannot catch this abort.
     """
     line = (
         f"{os.path.basename(sys.argv[0])}: error: stopped because another host was lost or this "

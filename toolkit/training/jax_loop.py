@@ -26,7 +26,7 @@ _STEPS_PER_DISPATCH = 16
 
 
 def fits_device(segments: SegmentReader) -> bool:
-    """Return whether all segments fit into the memory of a GPU or TPU, beside the network."""
+    """Return whether all segments fit into the memory of a GPU or TPU together with the network."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return False
@@ -46,7 +46,7 @@ class JaxTrainer:
     segments : SegmentReader or None
         Training segments; None if only `run` is called.
     device_cache : bool
-        Keep all segments in the memory of every device, as int16 if the shards store int16.
+        Store all segments in the memory of every device, as int16 if the shards store int16.
     steps_per_dispatch : int or None
         Steps per call; None for 1 on a CPU and 16 on other devices.
     job : Job or None
@@ -83,7 +83,7 @@ class JaxTrainer:
         order : np.ndarray [shape=(n,), dtype=int]
             Numbers of the epoch's segments.
         after_steps : callable
-            Called after each step with the number of steps done and the loss of the last one.
+            Called after each step with the number of steps done and the loss of the last step.
 
         Returns
         -------
@@ -260,7 +260,7 @@ def _place(job: Job, part: np.ndarray, spec: PartitionSpec):
 
 
 def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
-    """Copy all segments to every device, in chunks, so that the host holds few of them."""
+    """Copy all segments to every device, in chunks, so that the host stores only few of them."""
     everywhere = job.mesh and NamedSharding(job.mesh, PartitionSpec())
     num_rows = segments.num_segments
     is_int16 = segments.is_int16()
@@ -271,7 +271,7 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     def place(whole, part, start):
         return jax.lax.dynamic_update_slice(whole, part, (start, 0))
 
-    # Donated, so that a device does not hold the segments twice.
+    # The argument is donated, so that a device does not store the segments twice.
     place = jax.jit(place, donate_argnums=0, out_shardings=everywhere)
     order = np.arange(num_rows)
     start = 0
@@ -280,7 +280,7 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     ) as bar:
         for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False):
             if is_int16:
-                x = (x * INT16_SCALE).astype(np.int16)  # exact: the stored values
+                x = (x * INT16_SCALE).astype(np.int16)  # exact, since the shards store int16
             x, y = (_place(job, part, PartitionSpec()) for part in (x, y))
             samples, labels = place(samples, x, start), place(labels, y, start)
             start += len(x)

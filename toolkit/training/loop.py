@@ -1,4 +1,4 @@
-"""Compiling the network for training, and training it for one epoch."""
+"""Compile the network for training, and train one epoch."""
 
 import gc
 import math
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # Within a stage, the published program decays the learning rate: lr / (1 + decay * iteration).
 ITERATION_DECAY = 1e-6
 
-# Trains on segments in a given order, calls back with the number of steps done and the last loss,
-# and returns the mean loss.
+# A loop takes the order of the segments and a function, trains on the segments, calls the function
+# with the number of steps done and the loss of the last step, and returns the mean loss.
 Loop = Callable[[np.ndarray, Callable[[int, float], None]], float]
 
 
@@ -38,7 +38,7 @@ def compile_trainer(
     network : keras.Model
         Network to train.
     options : TrainingOptions
-        Learning rate, its decay, and momentum.
+        Learning rate, decay of the learning rate, and momentum.
     stage : int
         Number of the stage, from 0.
     jit : bool
@@ -91,14 +91,14 @@ def make_epoch(run: Run, stage: int, trainer: "keras.Model") -> Callable[[int], 
 
 
 def _choose_loop(run: Run, trainer: "keras.Model") -> Loop:
-    """Return the loop for compiled JAX, or else Keras's loop."""
+    """Return the toolkit's loop if JAX compiles the network, otherwise Keras's loop."""
     import keras
 
     options, segments, job = run.options, run.segments, run.job
     if keras.backend.backend() == "jax" and run.jit:
         from toolkit.training.jax_loop import JaxTrainer, fits_device
 
-        gc.collect()  # a reference cycle keeps the previous stage's segments on the device
+        gc.collect()  # free the previous stage's segments on the device (reference cycle)
         device_cache = options.device_cache == "on" or (
             options.device_cache == "auto"
             and job.num_processes == 1  # several processes read only their share of the segments
@@ -107,7 +107,9 @@ def _choose_loop(run: Run, trainer: "keras.Model") -> Loop:
         runner = JaxTrainer(trainer, segments, device_cache, job=job)
         return lambda order, after_steps: runner.run_epoch(options.batch_size, order, after_steps)
     if options.device_cache == "on":
-        raise UsageError("--device-cache on: needs KERAS_BACKEND=jax and a compiled network")
+        raise UsageError(
+            "--device-cache on: needs KERAS_BACKEND=jax and a compiled network: use auto or off"
+        )
     return _keras_loop(run, trainer)
 
 

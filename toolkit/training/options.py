@@ -12,7 +12,7 @@ class Folders:
     """Input and output of train.py."""
 
     data_dir: str = option(
-        "./dataset", "folder of the dataset, which holds tfrecord/",
+        "./dataset", "folder of the dataset, which contains tfrecord/",
         group="data and output", metavar="PATH",
     )  # fmt: skip
     train_dir: str = option(
@@ -22,7 +22,7 @@ class Folders:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train a network; which network is `toolkit.models.config.NetworkConfig`."""
+    """How to train a network; `toolkit.models.config.NetworkConfig` describes the network."""
 
     batch_size: int = option(
         23, "segments per step", group="training", type=cli.positive_int, metavar="N"
@@ -40,11 +40,11 @@ class TrainingOptions:
         group="training", type=cli.positive_float, metavar="DC",
     )  # fmt: skip
     initial_stage: int = option(
-        0, "stage to start at", group="training", type=cli.non_negative_int, metavar="N"
+        0, "first stage to train, from 0", group="training", type=cli.non_negative_int, metavar="N"
     )
     patience: int = option(
-        2, "epochs without a lower validation loss to tolerate: a stage ends N + 1 epochs after "
-        "its best epoch, as with Keras 2.0.5",
+        2, "number of epochs without a lower validation loss that do not end a stage: a stage ends "
+        "N + 1 epochs after its best epoch, as with Keras 2.0.5",
         group="training", type=cli.positive_int, metavar="N",
     )  # fmt: skip
     num_lr_decays: int = option(
@@ -59,15 +59,15 @@ class TrainingOptions:
         group="training", type=cli.non_negative_int, metavar="N",
     )  # fmt: skip
     mixed_precision: bool = option(
-        False, "compute in bfloat16 where that is numerically safe", group="machine"
+        False, "compute in bfloat16 where bfloat16 is numerically safe", group="machine"
     )
     jit: str = option(
-        "auto", "compile the network with XLA; auto compiles where that was measured to be faster",
+        "auto", "compile the network with XLA; auto compiles where this was measured to be faster",
         group="machine", choices=("auto", "on", "off"),
     )  # fmt: skip
     device_cache: str = option(
-        "auto", "keep the training segments in device memory (JAX only); auto does if they fit "
-        "into the memory of a GPU or TPU",
+        "auto", "keep the training segments in device memory (JAX only); auto keeps them if they "
+        "fit into the memory of a GPU or TPU",
         group="machine", choices=("auto", "on", "off"),
     )  # fmt: skip
     num_read_threads: int = option(

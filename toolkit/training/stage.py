@@ -1,4 +1,4 @@
-"""The state of a stage: its start, its resumption, and the files of an epoch."""
+"""The state of a stage: start or resume a stage, and write the files of an epoch."""
 
 import math
 import secrets
@@ -23,18 +23,19 @@ from toolkit.training.options import TrainingOptions
 if TYPE_CHECKING:
     import keras
 
-RESUME_NAME = "resume.keras"  # the last finished epoch, with all that the next epoch needs
+RESUME_NAME = "resume.keras"  # everything that is needed to continue after the last epoch
 TEST_NAME = "test.json"  # test scores of a finished stage's best checkpoint
 
-# Published checkpoints do not record these, and their weights do not depend on them.
+# Fields of NetworkConfig that published checkpoints do not record. The weights can be loaded with
+# any value of these fields.
 _NOT_IN_HDF5 = {"dropout", "weight_decay", "initializer"}
-# These may change between stages and on resume.
+# Fields of NetworkConfig that may change between stages and on resume.
 _CHANGEABLE = {"dropout", "weight_decay"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages share."""
+    """The data, options and devices that all stages share."""
 
     train_dir: Path
     dataset: Dataset
@@ -50,7 +51,7 @@ class Run:
         return self.train_dir / str(stage)
 
     def check_folder(self) -> None:
-        """Check that all processes see the same checkpoints, so that they decide alike."""
+        """Check that all processes see the same checkpoints, so that all choose the same one."""
         self.job.check_same_folder(
             str(self.train_dir),
             lambda: list_files(
@@ -103,7 +104,7 @@ class StageState:
 
 @contextmanager
 def locked_folder(train_dir: Path, job: Job) -> Iterator[None]:
-    """Lock the folder against other trainings and remove files of killed ones.
+    """Lock the folder against other trainings, and remove temporary files of killed trainings.
 
     Raises
     ------
@@ -158,8 +159,9 @@ def list_files(paths: Iterable[Path]) -> str:
 def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
     """Find where a stage starts.
 
-    A stage resumes from its last epoch or else from its best checkpoint. A new stage starts from
-    the best checkpoint of the previous stage, and the first one from initial weights.
+    A stage resumes from its last epoch (``resume.keras``) or, without this file, from its best
+    checkpoint. A new stage starts from the best checkpoint of the previous stage, but a new stage 0
+    starts from initial weights.
 
     Returns
     -------
@@ -171,7 +173,8 @@ def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
     Raises
     ------
     UsageError, TrainingError, CheckpointError
-        There is no checkpoint to start from, or it does not fit the dataset or the options.
+        There is no checkpoint to start from, or the checkpoint does not fit the dataset or the
+        options.
     """
     from model import build_network
 
@@ -216,7 +219,7 @@ def _previous_best(run: Run, stage: int) -> Path:
 
 
 def _load_for(run: Run, path: Path) -> Checkpoint:
-    """Load a checkpoint and check that it fits the dataset and the options."""
+    """Load a checkpoint; check that the checkpoint fits the dataset and the options."""
     checkpoint = load_for_dataset(path, run.dataset, run.job.say)
     is_published = path.suffix == ".hdf5"
     different = [
@@ -227,7 +230,7 @@ def _load_for(run: Run, path: Path) -> Checkpoint:
     ]
     if different:
         raise UsageError(
-            f"{run.train_dir}: has checkpoints of another network ({'; '.join(different)}): "
+            f"{run.train_dir}: contains checkpoints of another network ({'; '.join(different)}): "
             "use the same options or another --train-dir"
         )
     return checkpoint
@@ -268,8 +271,8 @@ def _read_state(checkpoint: Checkpoint, path: Path) -> StageState:
         return state
     except (AttributeError, KeyError, TypeError):
         raise TrainingError(
-            f"{path}: has no training state, so the stage cannot be resumed from it: to start a "
-            "stage from it, put it in the folder of the previous stage"
+            f"{path}: has no training state, so the stage cannot resume from this file: to start a "
+            "stage from its weights, put the file in the folder of the previous stage"
         ) from None
 
 
@@ -279,7 +282,7 @@ def resume_optimizer(run: Run, stage: int, checkpoint: Checkpoint, trainer: "ker
     Raises
     ------
     UsageError
-        The stage was trained with momentum and now is not, or the reverse.
+        The stage was trained with momentum and the options switch momentum off, or the reverse.
     """
     path = run.stage_dir(stage) / RESUME_NAME
     if not path.exists():
@@ -327,7 +330,7 @@ def epoch_writer(
 
 
 def _complete_files(run: Run, stage: int, state: StageState, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint of the last epoch if it is the best, the history and the picture."""
+    """Write the history, the picture and, if the last epoch is the best, its checkpoint."""
     stage_dir = run.stage_dir(stage)
     best = stage_dir / checkpoints.checkpoint_name(state.epoch, state.best_loss)
     if state.epochs_without_improvement == 0 and not best.exists():

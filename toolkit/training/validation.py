@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def make_predictor(run: Run, network: "keras.Model"):
-    """Return what predicts batches: the network or, distributed with JAX, this host's devices."""
+    """Return an object that predicts batches: the network, or with `job.mesh` a `JaxPredictor`."""
     if run.job.mesh:
         from toolkit.training.jax_loop import JaxPredictor
 
@@ -36,7 +36,7 @@ def validate(run: Run, network: "keras.Model", predictor) -> tuple[float, Scores
     run : Run
         The training.
     network : keras.Model
-        The network that is trained.
+        Network that is being trained.
     predictor : object
         Result of `make_predictor` for the network.
 
@@ -53,7 +53,7 @@ def validate(run: Run, network: "keras.Model", predictor) -> tuple[float, Scores
         raise TrainingError(
             f"the validation loss is {loss}: a lower --lr may help; the best checkpoint is kept"
         )
-    # Rounding differs between hosts, but all must decide alike when to stop.
+    # Rounding differs between hosts, but all hosts must stop after the same epoch.
     return run.job.of_first(loss), _score_clips(labels, predictions)
 
 
@@ -66,7 +66,7 @@ def test_best(run: Run, stage: int) -> Scores | None:
         None if the stage was tested before, or if the dataset has no test shards.
     """
     job, path = run.job, run.stage_dir(stage) / TEST_NAME
-    run.check_folder()  # all hosts see the best checkpoint
+    run.check_folder()  # wait until all hosts see the best checkpoint
     if job.of_first(path.exists()):
         return None
     if not run.dataset.splits["test"].shards:
@@ -116,7 +116,7 @@ def _score_clips(labels: np.ndarray, predictions: list[np.ndarray]) -> Scores:
 def _predict_split(
     run: Run, predictor, split: str, doing: str
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Predict a split; each process predicts some of the shards and receives all results.
+    """Predict a split: each process predicts some of the shards and receives all results.
 
     Returns
     -------
