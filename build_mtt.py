@@ -244,8 +244,11 @@ def _check_input(options: BuildOptions) -> None:
             f"--stop {as_typed(options.stop)}: shorter than one segment of {options.num_samples} "
             f"samples, {seconds:.3g} s at {options.sample_rate} Hz"
         )
-    if not options.annotations and not options.tables[0].exists():
-        raise BuildError(missing_dataset_message(options.data_dir))
+    for table in options.tables:
+        if not table.exists():
+            if not options.annotations:
+                raise BuildError(missing_dataset_message(options.data_dir))
+            raise BuildError(f"--annotations {table}: no such file")
     if not options.audio_folder.is_dir():
         if not options.annotations and options.audio_dir is None:
             raise BuildError(missing_dataset_message(options.data_dir))

@@ -162,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--backend", choices=("tensorflow", "jax", "torch"), default=None,
-        help="Keras backend (default: KERAS_BACKEND, or tensorflow; for sweep, jax and torch)",
+        help="Keras backend (default: as train.py selects; for sweep, jax and torch)",
     )  # fmt: skip
     machine.add_argument(
         "--mixed-precision", action="store_true", help="compute in bfloat16 (default: off)"

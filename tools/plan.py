@@ -18,11 +18,11 @@ import sys
 from dataclasses import dataclass
 
 from toolkit import cli, messages
+from toolkit.data.annotations import SPLIT_SHARES
 from toolkit.data.audio import SAMPLE_RATE, SAMPLES_PER_SEGMENT
 from toolkit.errors import UsageError
 
 SAMPLE_BYTES = {"float32": 4, "int16": 2}
-SPLIT_SHARES = {"train": 0.75, "val": 0.08, "test": 0.17}  # as build_mtt.py --split-by draws them
 CLIPS_PER_SHARD = 100
 GRADIENT_BYTES = 99e6  # 24.7 million parameters of full-size se in float32
 # Per step, besides the gradients: 11 batch normalisations exchange mean and variance, forward and

@@ -26,7 +26,9 @@ def read_tags(path: str | Path) -> tuple[str, ...]:
         text = Path(path).read_text(encoding="utf-8-sig")
         tags = json.loads(text)["tags"] if text.startswith("{") else text.splitlines()
         tags = tuple(tag.strip() for tag in tags if tag.strip())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UsageError(f"--tags {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--tags {path}: expected one tag per line, or a manifest.json: {error}"
         ) from None
