@@ -107,7 +107,7 @@ def test_tags_option_names_the_outputs_of_a_file_without_tags(golden, tmp_path, 
         assert list(json_lines(out)[0]["tags"]) == moods
     for name, message in {
         "few.txt": "1 tags, but",
-        "none.txt": "expected one tag per line",
+        "none.txt": "No such file or directory",
     }.items():
         _, said = run(capsys, model, clip, "--tags", tmp_path / name, status=2)
         assert message in said[-1]

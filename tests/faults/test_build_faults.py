@@ -152,7 +152,7 @@ def test_signal_stops_the_build_with_one_line_and_without_leftovers(finished, da
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    expected = f"stopped by {number.name}: run the same command again to resume"
+    expected = f"stopped by {number.name}: run the same command again"
     assert err == f"build_mtt.py: error: {expected}\n"
     assert not [worker for worker in workers if is_running(worker)]
     assert not list((data_dir / "tfrecord").glob(".*.tmp"))

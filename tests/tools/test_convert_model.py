@@ -76,7 +76,7 @@ def test_tags_do_not_replace_those_in_the_file(published, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "expected one tag per line, or a manifest.json"),
+        (None, "No such file or directory"),
         (b"\xff\xfe\x00", "expected one tag per line, or a manifest.json"),
         (b'{"tags": 3}', "expected one tag per line, or a manifest.json"),
         (b"\n\n", "the file names no tags"),
