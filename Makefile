@@ -54,8 +54,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 # One environment: the toolkit's requirements, then tests, lint and Jupyter.
-$(VENV)/installed: requirements.txt requirements/dev.txt
-	@$(PYTHON) -B toolkit/minimum_python.py
+$(VENV)/installed: requirements.txt requirements/tag.txt requirements/dev.txt
+	@$(PYTHON) -B toolkit/supported_python.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements/dev.txt
 	touch $@

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from input_data import Clip, open_dataset
-from toolkit import backend, cli, messages
+from toolkit import cli, messages
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.evaluation import CONFIDENCE, Resamples, Scores, bootstrap, interval, score
 from toolkit.prediction import (
@@ -36,7 +36,7 @@ def evaluate(
     Parameters
     ----------
     model_path : str or Path
-        Model file or a stage's folder (see `toolkit.models.checkpoints.load`).
+        Model file or a stage's folder (see `toolkit.prediction.load`).
     data_dir : str or Path
         Folder of the dataset.
     batch_size : int
@@ -89,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_model(
         data,
         "model_paths",
-        "a .keras, .hdf5 or .h5 file, or a stage's folder (its best checkpoint is used); several "
-        "models are compared with the first",
+        "a .keras, .hdf5, .h5 or .onnx file, or a stage's folder (its best checkpoint is used); "
+        "several models are compared with the first",
         nargs="+",
     )
     cli.add_data_dir(data)
@@ -122,7 +122,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for model_path in arguments.model_paths:
         cli.check_model(model_path)
     open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
-    backend.import_keras()
     names = model_names(arguments.model_paths)
     all_scores, all_resamples = [], []
     for name, model_path in zip(names, arguments.model_paths, strict=True):

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from input_data import open_dataset
-from toolkit import backend, cli, messages
+from toolkit import cli, messages
 from toolkit.errors import UsageError
 from toolkit.files import replaced_whole
+from toolkit.models import onnx_file
 from toolkit.prediction import (
     DEFAULT_BATCH_SIZE,
     clip_mean,
@@ -62,8 +63,6 @@ def extract(
         The dataset has no test clips, a tag has the name of another column, the model has no
         excitations or does not fit the dataset, or a file is damaged.
     """
-    from model import build_excitations
-
     import pandas as pd
 
     dataset = open_dataset(data_dir)
@@ -76,6 +75,8 @@ def extract(
                 f"({', '.join(COLUMNS + INDEX)}): rename the tag and build the dataset again"
             )
     checkpoint = load_for_dataset(model_path, dataset)
+    from model import build_excitations  # load_for_dataset has selected Keras's backend
+
     excitations = build_excitations(checkpoint.network)
     compile_for_prediction(excitations, checkpoint.config.block)
 
@@ -144,11 +145,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _extract(arguments: argparse.Namespace) -> None:
     cli.check_model(arguments.model_path)
+    if Path(arguments.model_path).suffix == onnx_file.SUFFIX:
+        raise UsageError(
+            f"{arguments.model_path}: an {onnx_file.SUFFIX} file gives no excitations: use the "
+            "model that it was made from"
+        )
     output = Path(arguments.out)
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: the folder {output.absolute().parent} does not exist")
     open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
-    backend.import_keras()
     table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
     write(output, table)
     num_depths = table["depth"].nunique()

@@ -23,9 +23,9 @@ from toolkit.data.annotations import (
     read_mtt,
 )
 from toolkit.data.audio import SAMPLE_RATE, segments_per_part
+from toolkit.data.clip import Clip
 from toolkit.data.manifest import MANIFEST_NAME, SHARD_FOLDER, find_shards, read_manifest
 from toolkit.data.records import (
-    Clip,
     count_clips,
     decode_record,
     index_records,

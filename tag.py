@@ -1,11 +1,12 @@
 """Tag audio: the probability of each tag, for whole files and over time.
 
     python tag.py se-multi-auc_0.9111-tfrmodel.hdf5 song.mp3
-    python tag.py log/4 ~/Music --json > tags.jsonl
+    python tag.py model.onnx ~/Music --json > tags.jsonl
     python tag.py log/4 song.flac --taggram song.png --hop 22050
 
 A file's probability of a tag is the mean over its segments, as in evaluation. One thread decodes
-the next files, long ones in parts, while the network predicts. Batches extend across files.
+the next files, long ones in parts, while the network predicts. Batches extend across files. With an
+``.onnx`` file, Keras is not needed.
 """
 
 import argparse
@@ -20,18 +21,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from input_data import Clip
-from toolkit import backend, cli, figures, messages
+from toolkit import cli, figures, messages
 from toolkit.data.audio import cut_pieces, decode_pieces
+from toolkit.data.clip import Clip
 from toolkit.errors import AudioError, CheckpointError, UsageError
 from toolkit.files import write_atomically
-from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.tags import choose_tags
 from toolkit.prediction import (
     DEFAULT_BATCH_SIZE,
     clip_mean,
     compile_for_prediction,
+    load,
     predict_clips,
 )
 
@@ -76,7 +77,7 @@ def tag_files(
     Parameters
     ----------
     checkpoint : Checkpoint
-        Model (see `toolkit.models.checkpoints.load`).
+        Model (see `toolkit.prediction.load`).
     paths : iterable of str or Path
         Audio files.
     hop : int or None
@@ -235,11 +236,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
         "Tag audio files of any format and length.",
         "  python tag.py se-multi-auc_0.9111-tfrmodel.hdf5 song.mp3 --top 5\n"
-        "  python tag.py log/4 ~/Music --csv > tags.csv\n"
+        "  python tag.py model.onnx ~/Music --csv > tags.csv\n"
         "  python tag.py log/4 song.flac --taggram song.png --hop 22050",
     )
     read = parser.add_argument_group("model and audio")
-    cli.add_model(read)
+    cli.add_model(
+        read,
+        what="a .keras, .hdf5, .h5 or .onnx file, or a stage's folder (its best checkpoint is "
+        "used)",
+    )
     cli.add_tags(read)
     read.add_argument(
         "audio",
@@ -305,8 +310,7 @@ def _tag(arguments: argparse.Namespace) -> None:
         raise UsageError(f"{', '.join(arguments.audio)}: no files found")
     _check_taggrams(arguments, len(files))
 
-    backend.import_keras()
-    checkpoint = checkpoints.load(arguments.model_path)
+    checkpoint = load(arguments.model_path)
     tags = choose_tags(arguments.model_path, checkpoint, arguments.tags)
     segment = checkpoint.config.num_samples
     hop = arguments.hop or segment

@@ -33,7 +33,8 @@ class Cluster:
         self.scheduler = self.start(
             "scheduler", *options, "--no-dashboard", DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="4s"
         )
-        wait_until(where.exists)
+        # The scheduler creates the file before it writes the content.
+        wait_until(lambda: where.exists() and where.read_text())
         self.address = json.loads(where.read_text())["address"]
 
     def start(self, kind, *options, before=(), **environment):

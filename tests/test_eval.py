@@ -6,14 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import eval as eval_script
 from input_data import Clip, open_dataset, read_clips
 from model import NetworkConfig, build_network
 from toolkit import reports
+from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.evaluation import score
-from toolkit.models.checkpoints import Checkpoint, save
+from toolkit.models.checkpoints import Checkpoint, load, save
+from toolkit.models.export import export
 
 import keras
 import matplotlib.image
@@ -110,6 +113,18 @@ def test_scores_are_printed_and_written_to_the_report(tiny_dataset, model_path, 
     image = matplotlib.image.imread(report / "per_tag.png")
     assert image.shape[0] > 200 and image.shape[1] > 400
     assert image.std() > 0.01  # not blank
+
+
+def test_an_onnx_file_gives_the_predictions_of_its_network(golden, tmp_path):
+    pytest.importorskip("onnx", reason="needs requirements/export.txt")
+    data_dir = published_shards(golden, tmp_path / "data")
+    model = golden / "checkpoints" / "se-multi.hdf5"
+    export(tmp_path / "se.onnx", replace(load(model), tags=MTT_TOP_TAGS))
+    _, _, expected, _ = eval_script.evaluate(model, data_dir)
+    tags, _, predictions, _ = eval_script.evaluate(tmp_path / "se.onnx", data_dir)
+    assert tags == MTT_TOP_TAGS
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(predictions, expected, rtol=0, atol=1e-5)
 
 
 def make_untrained_model(path, dataset, seed):
@@ -277,7 +292,7 @@ def test_predictions_with_nan_are_refused(tiny_dataset, model_path, capsys, monk
     # Replace the outputs: whether NaN passes TensorFlow's sigmoid depends on the processor.
     predict = keras.Model.predict_on_batch
     monkeypatch.setattr(keras.Model, "predict_on_batch", lambda *a: predict(*a) * np.float32("nan"))
-    message = refused(capsys, 1, model_path, "--data-dir", tiny_dataset)
+    message = refused(capsys, 1, model_path, "--data-dir", tiny_dataset, "--batch-size", 4)
     assert "the predictions contain NaN or infinity" in message
 
 

@@ -1,4 +1,4 @@
-"""Every script exits with one clear line on Windows and on old versions of Python."""
+"""Every script exits with one clear line on Windows and on versions of Python without packages."""
 
 import subprocess
 import sys
@@ -26,7 +26,8 @@ sys.modules["fcntl"] = sys.modules["resource"] = None  # not part of Python on W
     ("pretend", "part"),
     [
         (WINDOWS, "Windows is not supported: run the toolkit in WSL"),
-        ("sys.version_info = (3, 10, 4)", "Python 3.11 or later is required, this is 3.10"),
+        ("sys.version_info = (3, 10, 4)", "Python 3.11 to 3.14 is required, this is 3.10"),
+        ("sys.version_info = (3, 15, 0)", "Python 3.11 to 3.14 is required, this is 3.15"),
     ],
 )
 def test_scripts_name_the_system_that_they_need(script, pretend, part):

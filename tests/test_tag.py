@@ -16,6 +16,7 @@ from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.data.audio import decode, decode_pieces
 from toolkit.errors import AudioError
 from toolkit.models.checkpoints import Checkpoint, load, save
+from toolkit.models.export import export
 
 import keras
 import matplotlib.image
@@ -111,6 +112,22 @@ def test_tags_option_names_the_outputs_of_a_file_without_tags(golden, tmp_path, 
     }.items():
         _, said = run(capsys, model, clip, "--tags", tmp_path / name, status=2)
         assert message in said[-1]
+
+
+def test_an_onnx_file_gives_the_tags_of_its_network(folder, model_path, tmp_path, capsys):
+    pytest.importorskip("onnx", reason="needs requirements/export.txt")
+    checkpoint = load(model_path)
+    export(tmp_path / "small.onnx", checkpoint)
+    out, said = run(
+        capsys, tmp_path / "small.onnx", folder, "--json", "--hop", 20_000, "--batch-size", 4
+    )
+    assert said[-1] == "2 of 5 files are not audio and were skipped"
+    expected = tag.tag_files(checkpoint, [folder / name for name in AUDIO_NAMES], 20_000)
+    for line, (path, probabilities) in zip(json_lines(out), expected, strict=True):
+        assert line["path"] == str(path) and line["segments"] == len(probabilities)
+        assert tuple(line["tags"]) == TAGS
+        means = probabilities.mean(axis=0)
+        np.testing.assert_allclose(list(line["tags"].values()), means, rtol=0, atol=1e-5)
 
 
 def test_a_folder_is_read_in_order_and_files_that_are_not_audio_are_skipped(

@@ -1,3 +1,3 @@
 """The package that the scripts share, with subpackages for data, models and training."""
 
-import toolkit.minimum_python  # noqa: F401  # first: all other modules need a supported Python
+import toolkit.supported_python  # noqa: F401  # first: all other modules need a supported Python

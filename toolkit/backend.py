@@ -1,5 +1,6 @@
 """Select Keras's backend, import Keras without log output, and name the backend's devices."""
 
+import ctypes
 import importlib.util
 import json
 import logging
@@ -41,6 +42,7 @@ def import_keras() -> None:
             f"{_BACKENDS[backend]}, or select another with KERAS_BACKEND ({', '.join(_BACKENDS)})"
         )
     os.environ["KERAS_BACKEND"] = backend
+    _keep_freed_memory()
     import_quietly("keras")
 
 
@@ -86,6 +88,25 @@ def device_names() -> list[str]:
         tf.config.experimental.get_device_details(device).get("device_name", device.name)
         for device in tf.config.list_physical_devices("GPU")
     ]
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library reuse large blocks of memory instead of returning them to the system.
+
+    On a CPU, a training step allocates and frees gigabytes. If the system maps and clears these
+    pages in every step, training takes up to twice as long (docs/performance.md).
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    # Parameters of glibc's malloc.h; other C libraries ignore them.
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
+    mallopt(mmap_max, 0)  # no block is mapped on its own
+    mallopt(trim_threshold, -1)  # freed memory is never returned
+    mallopt(top_pad, 2**26)
+    mallopt(arena_max, 1)  # other arenas cannot hold large blocks
 
 
 def _default_backend() -> str:

@@ -6,22 +6,47 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from input_data import Clip, Dataset, read_clips
 from toolkit import backend, messages
+from toolkit.data.clip import Clip
 from toolkit.errors import UsageError
-from toolkit.models import checkpoints
+from toolkit.models import checkpoints, onnx_file
 from toolkit.models.checkpoints import Checkpoint
+from toolkit.models.onnx_file import OnnxNetwork
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from input_data import Dataset
+
     import keras
 
 DEFAULT_BATCH_SIZE = 32
 
 
+def load(model_path: str | Path) -> Checkpoint:
+    """Load a model to predict with: an ``.onnx`` file by ONNX Runtime, others by Keras.
+
+    Parameters
+    ----------
+    model_path : str or Path
+        Model file or a stage's folder (see `toolkit.models.checkpoints.load`), or an ``.onnx``
+        file that tools.convert_model wrote.
+
+    Raises
+    ------
+    CheckpointError
+        The file is not a model file.
+    UsageError
+        ONNX Runtime or Keras's backend is not installed.
+    """
+    if Path(model_path).suffix == onnx_file.SUFFIX:
+        return onnx_file.load(model_path)
+    backend.import_keras()
+    return checkpoints.load(model_path)
+
+
 def load_for_dataset(
-    model_path: str | Path, dataset: Dataset, say: Callable[[str], None] = messages.say
+    model_path: str | Path, dataset: "Dataset", say: Callable[[str], None] = messages.say
 ) -> Checkpoint:
     """Load a model to use with a dataset.
 
@@ -30,7 +55,7 @@ def load_for_dataset(
     Parameters
     ----------
     model_path : str or Path
-        Model file or a stage's folder (see `toolkit.models.checkpoints.load`).
+        Model file or a stage's folder (see `load`).
     dataset : Dataset
         Dataset with which the model is used.
     say : callable
@@ -43,7 +68,7 @@ def load_for_dataset(
     UsageError
         Segment length, sample rate or tags of the model and the dataset differ.
     """
-    checkpoint = checkpoints.load(model_path)
+    checkpoint = load(model_path)
     if checkpoint.tags is None and checkpoint.config.num_tags == len(dataset.tags):
         say(f"{model_path}: the file names no tags: using those of {dataset.path}")
         checkpoint.tags = dataset.tags
@@ -66,14 +91,15 @@ def load_for_dataset(
     return checkpoint
 
 
-def compile_for_prediction(network: "keras.Model", block: str) -> None:
-    """Compile a network with or without XLA, whichever was measured to be faster."""
-    network.compile(jit_compile=backend.choose_jit("auto", block))
+def compile_for_prediction(network: "keras.Model | OnnxNetwork", block: str) -> None:
+    """Compile a Keras network with or without XLA, whichever was measured to be faster."""
+    if not isinstance(network, OnnxNetwork):
+        network.compile(jit_compile=backend.choose_jit("auto", block))
 
 
 def predict_split(
-    model: "keras.Model",
-    dataset: Dataset,
+    model: "keras.Model | OnnxNetwork",
+    dataset: "Dataset",
     split: str,
     batch_size: int,
     doing: str,
@@ -84,7 +110,7 @@ def predict_split(
 
     Parameters
     ----------
-    model : keras.Model
+    model : keras.Model or OnnxNetwork
         See `predict_clips`, which also describes what this function yields.
     dataset : Dataset
         Dataset that contains the split.
@@ -99,6 +125,8 @@ def predict_split(
     after_batch : callable
         Called after each batch.
     """
+    from input_data import read_clips  # tag.py does not need the packages that read shards
+
     process, num_processes = share
     found = dataset.splits[split]
     shards = found.shards[process::num_processes]
@@ -111,7 +139,7 @@ def predict_split(
 
 
 def predict_clips(
-    model: "keras.Model",
+    model: "keras.Model | OnnxNetwork",
     clips: Iterable[Clip],
     batch_size: int = DEFAULT_BATCH_SIZE,
     after_batch: Callable[[], None] = lambda: None,
@@ -120,13 +148,14 @@ def predict_clips(
 
     Parameters
     ----------
-    model : keras.Model
+    model : keras.Model or OnnxNetwork
         Maps segments to one or several arrays with one row per segment.
     clips : iterable of Clip
         Clips with any number of segments; long ones in parts (see `input_data.read_clips`).
     batch_size : int
         Segments per batch. The last batch is padded with silence, so that a compiled model
-        receives only one shape.
+        receives only one shape. If all segments fit into one batch, the model is called without
+        compiling it, because compiling would take longer than that batch.
     after_batch : callable
         Called after each batch.
 
@@ -140,9 +169,15 @@ def predict_clips(
     pending = deque()  # clip, number of its segments so far, outputs of each segment so far
     batch = np.zeros((batch_size, model.input_shape[1]), np.float32)
     owners = []  # the pending clip of each row of the batch
+    num_batches = 0
 
     def flush() -> None:
-        outputs = model.predict_on_batch(batch)
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 1 and len(owners) < batch_size:
+            outputs = model(batch[: len(owners)], training=False)
+        else:
+            outputs = model.predict_on_batch(batch)
         outputs = [outputs] if not isinstance(outputs, list | tuple) else outputs
         for row, owner in enumerate(owners):
             owner[2].append([np.asarray(output[row], np.float32) for output in outputs])

@@ -1,16 +1,17 @@
-"""Exit with one line on Windows or if Python is too old; imported before all other modules."""
+"""Exit with one line on Windows or another Python; imported before all other modules."""
 
 import sys
 
-MINIMUM_PYTHON = (3, 11)
+# The pinned packages exist for these versions (requirements.txt).
+OLDEST, NEWEST = (3, 11), (3, 14)
 
 if sys.platform == "win32":
     sys.exit(
         "Windows is not supported: run the toolkit in WSL, the Windows Subsystem for Linux "
         "(install it with wsl --install)"
     )
-if sys.version_info < MINIMUM_PYTHON:
+if not OLDEST <= sys.version_info[:2] <= NEWEST:
     sys.exit(
-        "Python {}.{} or later is required, this is {}.{}: select one with make "
-        "PYTHON=python3.12".format(*MINIMUM_PYTHON, *sys.version_info[:2])
+        "Python {}.{} to {}.{} is required, this is {}.{}: select one with make "
+        "PYTHON=python3.12".format(*OLDEST, *NEWEST, *sys.version_info[:2])
     )

@@ -170,14 +170,11 @@ def measure_start(arguments: argparse.Namespace) -> Iterator[Figure]:
 # Runs eval.py until Keras has predicted the first batch.
 _FIRST_BATCH = """
 import importlib, os, sys
-from toolkit import backend
-backend.import_keras()
-import keras
-predict = keras.Model.predict_on_batch
-def predict_and_exit(*arguments, **options):
-    predict(*arguments, **options)
-    os._exit(0)
-keras.Model.predict_on_batch = predict_and_exit
+from toolkit import prediction
+predict = prediction.predict_clips
+prediction.predict_clips = lambda model, clips, batch_size, after_batch: predict(
+    model, clips, batch_size, lambda: os._exit(0)
+)
 importlib.import_module("eval").main([sys.argv[1], "--data-dir", sys.argv[2]])
 sys.exit("eval.py ended before its first batch")
 """

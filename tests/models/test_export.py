@@ -16,11 +16,11 @@ from toolkit.models.onnx_graph import describe
 
 import keras
 import numpy as np
+import onnxruntime
 import pytest
 from model_files import GOLDEN_NAMES, published_checkpoint, published_segments
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs requirements/export.txt")
-onnx = pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx", reason="needs requirements/export.txt")
 
 TAGS = ("guitar", "slow", "naïve ♪", 'a,b"c')
 
@@ -196,7 +196,7 @@ def test_savedmodel_and_litert_need_the_tensorflow_backend(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("suffix", "library"), [(".onnx", "onnxruntime"), (".tflite", "ai_edge_litert.interpreter")]
+    ("suffix", "library"), [(".onnx", "onnx"), (".tflite", "ai_edge_litert.interpreter")]
 )
 def test_a_missing_library_is_named(tmp_path, monkeypatch, suffix, library):
     monkeypatch.setitem(sys.modules, library, None)

@@ -12,11 +12,14 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from toolkit.errors import AnnotationsError, BuildError
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported by the functions that read tables: most scripts read none
 
 ANNOTATIONS_NAME = "annotations_final.csv"
 AUDIO_FOLDER = "mp3"
@@ -47,7 +50,7 @@ _FOLDER_SPLITS = (
 )
 
 
-def read_mtt(path: str | Path, num_tags: int = NUM_TAGS) -> tuple[pd.DataFrame, tuple[str, ...]]:
+def read_mtt(path: str | Path, num_tags: int = NUM_TAGS) -> "tuple[pd.DataFrame, tuple[str, ...]]":
     """Read MagnaTagATune's annotations and keep the clips that carry a top tag.
 
     Parameters
@@ -70,6 +73,8 @@ def read_mtt(path: str | Path, num_tags: int = NUM_TAGS) -> tuple[pd.DataFrame, 
     AnnotationsError
         The file is missing or invalid; the message names row and column.
     """
+    import pandas as pd
+
     table = _read_table(Path(path))
     tag_columns = [column for column in table.columns if column not in (CLIP_ID, MP3_PATH)]
     labels = _binary_labels(table, tag_columns, path)
@@ -122,7 +127,7 @@ def top_tags(counts: np.ndarray, names: list[str], num_tags: int = NUM_TAGS) -> 
     return chosen
 
 
-def assign_shards(clips: pd.DataFrame, num_audios_per_shard: int) -> pd.DataFrame:
+def assign_shards(clips: "pd.DataFrame", num_audios_per_shard: int) -> "pd.DataFrame":
     """Assign the clips of each split to shards at random, as the published program does.
 
     Parameters
@@ -288,7 +293,9 @@ def _find_in(tables: Sequence[Path], value: str) -> str:
 # --- Reading annotations_final.csv ---------------------------------------------------------------
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_table(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
     form = {
         "sep": "\t", "dtype": str, "keep_default_na": False, "quoting": csv.QUOTE_MINIMAL,
         "encoding": "utf-8-sig",
@@ -326,7 +333,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     return table
 
 
-def _binary_labels(table: pd.DataFrame, tag_columns: list[str], path: str | Path) -> np.ndarray:
+def _binary_labels(table: "pd.DataFrame", tag_columns: list[str], path: str | Path) -> np.ndarray:
     values = table[tag_columns].to_numpy(dtype=str)  # (num_clips, num_columns)
     is_binary = np.isin(values, ("0", "1"))
     if not is_binary.all():
@@ -338,7 +345,7 @@ def _binary_labels(table: pd.DataFrame, tag_columns: list[str], path: str | Path
     return (values == "1").astype(np.uint8)
 
 
-def _check_unique(table: pd.DataFrame, path: str | Path) -> None:
+def _check_unique(table: "pd.DataFrame", path: str | Path) -> None:
     is_unnamed = (table[CLIP_ID] == "").to_numpy()
     if is_unnamed.any():
         row = int(np.flatnonzero(is_unnamed)[0])

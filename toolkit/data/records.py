@@ -20,11 +20,11 @@ encoding        bytes; only if samples are not float32      the same, in the con
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+from toolkit.data.clip import Clip
 from toolkit.data.example_pb2 import Example, Features, SequenceExample
 from toolkit.errors import ShardError
 from toolkit.files import written_whole
@@ -47,30 +47,6 @@ INT16_SCALE = 32768
 
 _HEADER = struct.Struct("<QI")  # length, masked CRC of the length
 _FOOTER = struct.Struct("<I")  # masked CRC of the bytes
-
-
-@dataclass
-class Clip:
-    """A clip, or a part of a long clip.
-
-    Attributes
-    ----------
-    segments : np.ndarray [shape=(n_segments, n_samples), dtype=float32]
-        Consecutive segments.
-    labels : np.ndarray [shape=(n_tags,), dtype=uint8]
-        1 where the clip carries the tag.
-    clip_id, mp3_path : str
-        Identity of the clip; empty in shards of the published program.
-    part : int
-        Number of the part within the clip, from 0.
-    """
-
-    segments: np.ndarray
-    labels: np.ndarray
-    clip_id: str = ""
-    mp3_path: str = ""
-    part: int = 0
-
 
 # --- Framing -------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from toolkit import messages
 from toolkit.data.annotations import CLIP_ID, MP3_PATH, SPLITS
 from toolkit.data.audio import cut_pieces, decode_pieces
+from toolkit.data.clip import Clip
 from toolkit.data.manifest import read_progress, shard_name
-from toolkit.data.records import Clip, append_records, encode_clip
+from toolkit.data.records import append_records, encode_clip
 from toolkit.errors import AudioError
 from toolkit.files import written_whole
 

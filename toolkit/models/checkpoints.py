@@ -158,15 +158,12 @@ def load_optimizer(path: str | Path, trainer: "keras.Model") -> None:
 def _load_keras(path: Path) -> Checkpoint:
     from model import build_network
 
-    description = _read_description(path)
-    config = _read_config(description.get("network"), path)
-    tags = _read_tags(description.get("tags"), config, path)
-    sample_rate = description.get("sample_rate")
-    if not isinstance(sample_rate, int) or sample_rate < 1:
-        raise _invalid(path, "sample_rate", sample_rate, "an integer of at least 1")
+    where = f"{path}: {_DESCRIPTION_NAME}"
+    description = _read_description(path, where)
+    config, tags, sample_rate = check_description(description, where)
     training = description.get("training", {})
     if not isinstance(training, dict):
-        raise _invalid(path, "training", training, "an object")
+        raise _invalid(where, "training", training, "an object")
     with _open_keras_weights(path) as file:
         datasets = list_arrays(file, path)
         check_sizes(config, datasets, path)
@@ -178,44 +175,75 @@ def _load_keras(path: Path) -> Checkpoint:
     return Checkpoint(network, config, tags, sample_rate, training)
 
 
-def _read_config(fields: object, path: Path) -> NetworkConfig:
+def check_description(
+    description: dict, where: str
+) -> tuple[NetworkConfig, tuple[str, ...] | None, int]:
+    """Check the description of a network in a model file.
+
+    Parameters
+    ----------
+    description : dict
+        Decoded JSON; the keys ``network``, ``tags`` and ``sample_rate`` are read.
+    where : str
+        The place of the description, for errors.
+
+    Returns
+    -------
+    config : NetworkConfig
+    tags : tuple of str or None
+        None if the file names no tags.
+    sample_rate : int
+        In Hz.
+
+    Raises
+    ------
+    CheckpointError
+        A value is missing or invalid.
+    """
+    config = _read_config(description.get("network"), where)
+    tags = _read_tags(description.get("tags"), config, where)
+    sample_rate = description.get("sample_rate")
+    if not isinstance(sample_rate, int) or sample_rate < 1:
+        raise _invalid(where, "sample_rate", sample_rate, "an integer of at least 1")
+    return config, tags, sample_rate
+
+
+def _read_config(fields: object, where: str) -> NetworkConfig:
     if not isinstance(fields, dict):
-        raise _invalid(path, "network", fields, "an object")
+        raise _invalid(where, "network", fields, "an object")
     known = [field.name for field in dataclasses.fields(NetworkConfig)]
     if unknown := sorted(fields.keys() - set(known)):
-        raise _invalid(path, "a field of network", unknown[0], f"one of {', '.join(known)}")
+        raise _invalid(where, "a field of network", unknown[0], f"one of {', '.join(known)}")
     try:
         return NetworkConfig(**fields)
     except UsageError as error:
-        raise CheckpointError(f"{path}: {_DESCRIPTION_NAME}: {error}") from None
+        raise CheckpointError(f"{where}: {error}") from None
 
 
-def _read_tags(names: object, config: NetworkConfig, path: Path) -> tuple[str, ...] | None:
+def _read_tags(names: object, config: NetworkConfig, where: str) -> tuple[str, ...] | None:
     # Earlier versions wrote 'tag 0', 'tag 1', … for a converted file that named no tags.
     if names is None or names == [f"tag {number}" for number in range(config.num_tags)]:
         return None
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not is_list or len(names) != config.num_tags:
-        raise _invalid(path, "tags", names, f"a list of {config.num_tags} names")
+        raise _invalid(where, "tags", names, f"a list of {config.num_tags} names")
     return tuple(names)
 
 
-def _invalid(path: Path, name: str, found: object, expected: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: {_DESCRIPTION_NAME}: {name} is {reprlib.repr(found)}: expected {expected}"
-    )
+def _invalid(where: str, name: str, found: object, expected: str) -> CheckpointError:
+    return CheckpointError(f"{where}: {name} is {reprlib.repr(found)}: expected {expected}")
 
 
-def _read_description(path: Path) -> dict:
+def _read_description(path: Path, where: str) -> dict:
     content = _read_member(path, _DESCRIPTION_NAME, _MAX_DESCRIPTION_BYTES)
     try:
         description = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
     if not isinstance(description, dict):
-        raise _invalid(path, "the content", description, "an object")
+        raise _invalid(where, "the content", description, "an object")
     if description.get("format") != _DESCRIPTION_FORMAT:
-        raise _invalid(path, "format", description.get("format"), str(_DESCRIPTION_FORMAT))
+        raise _invalid(where, "format", description.get("format"), str(_DESCRIPTION_FORMAT))
     return description
 
 

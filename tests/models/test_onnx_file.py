@@ -1,0 +1,66 @@
+"""ONNX files: models of other programs and damaged files are refused with one line."""
+
+import json
+import sys
+
+from model import build_network
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.errors import CheckpointError, UsageError
+from toolkit.models import onnx_file
+from toolkit.models.checkpoints import Checkpoint
+from toolkit.models.config import NetworkConfig
+from toolkit.models.onnx_graph import build_onnx
+
+import pytest
+
+onnx = pytest.importorskip("onnx", reason="needs requirements/export.txt")
+
+
+@pytest.fixture(scope="module")
+def content():
+    config = NetworkConfig(block="basic", init_features=1)
+    return build_onnx(Checkpoint(build_network(config), config, MTT_TOP_TAGS)).SerializeToString()
+
+
+def write(path, content, **metadata):
+    """Write an ONNX file with some values of its metadata replaced; None removes a value."""
+    model = onnx.load_from_string(content)
+    kept = {entry.key: entry.value for entry in model.metadata_props} | metadata
+    onnx.helper.set_model_props(model, {k: v for k, v in kept.items() if v is not None})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"network": None}, "not a model that tools.convert_model wrote"),
+        ({"network": "{"}, "metadata: Expecting property name"),
+        ({"network": json.dumps({"block": "conv"})}, "metadata: block must be one of se"),
+        ({"network": json.dumps({"block": "se", "num_samples": 59050})}, "segments has shape"),
+        ({"tags": json.dumps(["guitar"])}, "metadata: tags is .*: expected a list of 50 names"),
+        ({"sample_rate": "0"}, "metadata: sample_rate is 0"),
+    ],
+)
+def test_other_descriptions_are_refused(content, tmp_path, metadata, message):
+    path = write(tmp_path / "other.onnx", content, **metadata)
+    with pytest.raises(CheckpointError, match=rf"^{path}: {message}") as error:
+        onnx_file.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_files_are_refused(content, tmp_path):
+    path = tmp_path / "damaged.onnx"
+    for damaged in (b"", b"\x08" * 1000, content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"^{path}: ") as error:
+            onnx_file.load(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(CheckpointError, match=r"none\.onnx: no such file"):
+        onnx_file.load(tmp_path / "none.onnx")
+
+
+def test_a_missing_onnxruntime_is_named(content, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UsageError, match=r"not installed: .*requirements/tag\.txt"):
+        onnx_file.load(write(tmp_path / "model.onnx", content))

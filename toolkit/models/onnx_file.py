@@ -1,0 +1,84 @@
+"""Load the ``.onnx`` files that tools.convert_model wrote, and predict without Keras."""
+
+import json
+from pathlib import Path
+
+from toolkit import backend
+from toolkit.errors import CheckpointError, UsageError
+from toolkit.models.checkpoints import Checkpoint, check_description
+
+import numpy as np
+
+SUFFIX = ".onnx"
+# Execution providers in order of preference; a CUDA provider exists only in onnxruntime-gpu.
+_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+class OnnxNetwork:
+    """A network that ONNX Runtime runs, with the part of `keras.Model` that prediction needs.
+
+    Parameters
+    ----------
+    session : onnxruntime.InferenceSession
+        An exported network (see `onnx_graph.build_onnx`).
+    num_samples : int
+        Samples per segment.
+    """
+
+    def __init__(self, session, num_samples: int):
+        self.input_shape = (None, num_samples)
+        self._session = session
+
+    def __call__(self, segments: np.ndarray, training: bool = False) -> np.ndarray:
+        """Predict segments [shape=(n_segments, n_samples), dtype=float32]."""
+        return self._session.run(["tags"], {"segments": segments})[0]
+
+    predict_on_batch = __call__
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Load an exported model.
+
+    Raises
+    ------
+    CheckpointError
+        The file does not exist, or is not an export of this toolkit.
+    UsageError
+        ONNX Runtime is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        backend.import_quietly("onnxruntime")
+    except ImportError:
+        raise UsageError(
+            f"{path}: onnxruntime is not installed: python -m pip install -r requirements/tag.txt"
+        ) from None
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised, too
+    available = onnxruntime.get_available_providers()
+    providers = [name for name in _PROVIDERS if name in available]
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers)
+    except Exception as error:  # the exceptions of ONNX Runtime have no common type
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path}: not an ONNX model: {reason}") from None
+    metadata = session.get_modelmeta().custom_metadata_map
+    if "network" not in metadata:
+        raise CheckpointError(f"{path}: not a model that tools.convert_model wrote")
+    try:
+        description = {name: json.loads(value) for name, value in metadata.items()}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: metadata: {error}") from None
+    config, tags, sample_rate = check_description(description, f"{path}: metadata")
+    sizes = {"segments": config.num_samples, "tags": config.num_tags}
+    for value in (*session.get_inputs(), *session.get_outputs()):
+        if value.shape[1:] != [sizes.pop(value.name, None)]:
+            raise CheckpointError(
+                f"{path}: {value.name} has shape {value.shape}, which is not that of the network "
+                "in the metadata"
+            )
+    return Checkpoint(OnnxNetwork(session, config.num_samples), config, tags, sample_rate)
