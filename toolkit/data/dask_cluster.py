@@ -45,6 +45,8 @@ if sys.path[0] != package:
     sys.path[:] = [package, *(path for path in sys.path if path != package)]
     for name in [name for name in sys.modules if name.partition(".")[0] == "toolkit"]:
         del sys.modules[name]
+    # This module would end the worker; `_check_versions` names a worker with another Python.
+    sys.modules["toolkit.supported_python"] = sys
 """
 
 
