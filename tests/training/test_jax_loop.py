@@ -27,12 +27,13 @@ PROGRAM = """
     order = shuffled_order(reader.num_segments, 0, 0, 0)
     steps = len(order) // 4
 
+    # With a high learning rate, rounding differences grow tenfold from step to step.
     def trainer():
         keras.utils.set_random_seed(1)
         config = NetworkConfig(
             "basic", num_tags=12, init_features=2, dropout=0.0, weight_decay=1e-3
         )
-        return compile_trainer(build_network(config), TrainingOptions(lr=0.01), 0, True)
+        return compile_trainer(build_network(config), TrainingOptions(lr=0.001), 0, True)
 
     expected = trainer()
     batches = reader.batches(4, order)
@@ -51,7 +52,7 @@ PROGRAM = """
                 float(np.abs(np.asarray(a) - np.asarray(b)).max())
                 for a, b in zip(model.weights, expected.weights)
             )
-            assert difference < 1e-3, (steps_per_dispatch, cache, difference)
+            assert difference < 1e-4, (steps_per_dispatch, cache, difference)
             assert int(model.optimizer.iterations.value) == steps
     # Cached segments are exactly those that are read.
     assert losses[1, False] == losses[1, True], losses
