@@ -70,6 +70,13 @@ def test_predictions_do_not_depend_on_the_batch_size(lengths, batch_size):
     assert len(model.batches) == len(num_calls) == -(-sum(lengths) // batch_size)
 
 
+def test_a_model_that_predicts_again_receives_only_full_batches():
+    """The model of a training on several devices has no other shape."""
+    clips, model = clips_of([3, 2]), Sums()
+    assert_predicted(predict_clips(model, clips, batch_size=8, is_repeated=True), clips)
+    assert model.batches == [(8, 4)]
+
+
 def parts_of(clip, num_segments):
     for part, start in enumerate(range(0, len(clip.segments), num_segments)):
         yield replace(clip, segments=clip.segments[start : start + num_segments], part=part)

@@ -105,6 +105,7 @@ def predict_split(
     doing: str,
     share: tuple[int, int] = (0, 1),
     after_batch: Callable[[], None] = lambda: None,
+    is_repeated: bool = False,
 ) -> Iterator[tuple[Clip, list[np.ndarray]]]:
     """Predict the clips of a split and show the progress.
 
@@ -122,8 +123,8 @@ def predict_split(
         Label of the progress bar.
     share : (int, int)
         Number of this process, and number of the processes that divide the shards among them.
-    after_batch : callable
-        Called after each batch.
+    after_batch, is_repeated
+        As for `predict_clips`.
     """
     from input_data import read_clips  # tag.py does not need the packages that read shards
 
@@ -132,7 +133,7 @@ def predict_split(
     shards = found.shards[process::num_processes]
     clips = read_clips(shards, dataset.num_samples, len(dataset.tags))
     return messages.progress(
-        predict_clips(model, clips, batch_size, after_batch),
+        predict_clips(model, clips, batch_size, after_batch, is_repeated),
         total=found.num_clips if num_processes == 1 else None,
         unit="clip", desc=doing, leave=False, disable=process > 0,
     )  # fmt: skip
@@ -143,6 +144,7 @@ def predict_clips(
     clips: Iterable[Clip],
     batch_size: int = DEFAULT_BATCH_SIZE,
     after_batch: Callable[[], None] = lambda: None,
+    is_repeated: bool = False,
 ) -> Iterator[tuple[Clip, list[np.ndarray]]]:
     """Predict clips in batches that extend across clips.
 
@@ -154,10 +156,12 @@ def predict_clips(
         Clips with any number of segments; long ones in parts (see `input_data.read_clips`).
     batch_size : int
         Segments per batch. The last batch is padded with silence, so that a compiled model
-        receives only one shape. If all segments fit into one batch, the model is called without
-        compiling it, because compiling would take longer than that batch.
+        receives only one shape.
     after_batch : callable
         Called after each batch.
+    is_repeated : bool
+        Whether the model predicts again later. If not, and if all segments are less than a batch,
+        the model is called without compiling it, because compiling would take longer.
 
     Yields
     ------
@@ -169,15 +173,15 @@ def predict_clips(
     pending = deque()  # clip, number of its segments so far, outputs of each segment so far
     batch = np.zeros((batch_size, model.input_shape[1]), np.float32)
     owners = []  # the pending clip of each row of the batch
-    num_batches = 0
+    is_first = True
 
     def flush() -> None:
-        nonlocal num_batches
-        num_batches += 1
-        if num_batches == 1 and len(owners) < batch_size:
+        nonlocal is_first
+        if is_first and not is_repeated and len(owners) < batch_size:
             outputs = model(batch[: len(owners)], training=False)
         else:
             outputs = model.predict_on_batch(batch)
+        is_first = False
         outputs = [outputs] if not isinstance(outputs, list | tuple) else outputs
         for row, owner in enumerate(owners):
             owner[2].append([np.asarray(output[row], np.float32) for output in outputs])

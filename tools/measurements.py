@@ -172,7 +172,7 @@ _FIRST_BATCH = """
 import importlib, os, sys
 from toolkit import prediction
 predict = prediction.predict_clips
-prediction.predict_clips = lambda model, clips, batch_size, after_batch: predict(
+prediction.predict_clips = lambda model, clips, batch_size, *options: predict(
     model, clips, batch_size, lambda: os._exit(0)
 )
 importlib.import_module("eval").main([sys.argv[1], "--data-dir", sys.argv[2]])

@@ -126,6 +126,14 @@ def test_one_process_two_devices_and_two_processes_have_equal_losses(tiny_datase
 
 
 @pytest.mark.slow
+def test_validation_segments_may_be_fewer_than_a_batch(tiny_dataset, tmp_path):
+    pytest.importorskip("jax")
+    options = ("--distribute", "--batch-size", "12", "--max-epochs", "1")
+    finish(start_training(tiny_dataset, tmp_path / "log", *options, devices=2))
+    assert len(read_losses(tmp_path / "log")) == 3
+
+
+@pytest.mark.slow
 def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
     two = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}

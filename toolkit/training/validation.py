@@ -129,7 +129,7 @@ def _predict_split(
     predictions = [np.zeros((0, num_tags), np.float32)]
     for clip, (of_clip,) in predict_split(
         predictor, run.dataset, split, run.options.batch_size, doing,
-        (job.process, job.num_processes), run.stop.check,
+        (job.process, job.num_processes), run.stop.check, is_repeated=True,
     ):  # fmt: skip
         labels.append(clip.labels[np.newaxis])
         num_segments.append(len(of_clip))
