@@ -33,6 +33,7 @@ from toolkit.data.records import (
     read_records,
     read_segment,
     record_encoding,
+    reread_segment,
 )
 from toolkit.errors import AnnotationsError, ShardError
 from toolkit.files import allow_open_files
@@ -266,7 +267,8 @@ class SegmentReader:
             ]
             or [np.zeros((0, 4), np.int64)]
         )
-        self._is_verified = np.zeros(len(self._records), bool)  # checksums, once per reader
+        # Result of read_segment for each segment; 0 until it has been read once.
+        self._item_sizes = np.zeros(len(self._records), np.uint8)
         expected = dataset.splits[split].num_segments
         if expected is not None and self.num_segments != expected:
             self.close()
@@ -279,15 +281,15 @@ class SegmentReader:
     def num_segments(self) -> int:
         return len(self._records)
 
-    def is_int16(self) -> bool:
-        """Return whether all shards store samples as int16, according to their first records."""
+    def stored_type(self) -> type:
+        """Return np.int16 if all shards store int16, by their first records; else np.float32."""
         firsts = self._records[self._records[:, 1] == 0]
         for shard, *place in firsts.tolist():
             path = self._paths[shard]
             record = read_record(self._files[shard], path, *place)
             if record_encoding(record, path, place[0]) != "int16":
-                return False
-        return True
+                return np.float32
+        return np.int16
 
     def close(self) -> None:
         """Close the shards and stop the threads."""
@@ -295,18 +297,20 @@ class SegmentReader:
         for file in self._files:
             file.close()
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, rows: np.ndarray, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray]:
         """Read segments by number.
 
         Parameters
         ----------
         rows : np.ndarray [shape=(n,), dtype=int]
             Numbers of the segments, from 0 to ``num_segments`` - 1.
+        dtype : type
+            Type of the samples: float32 or `stored_type`.
 
         Returns
         -------
-        segments : np.ndarray [shape=(n, n_samples), dtype=float32]
-            Samples.
+        segments : np.ndarray [shape=(n, n_samples), dtype=dtype]
+            Samples: full scale is 1 in float32, 32,768 in int16.
         labels : np.ndarray [shape=(n, n_tags), dtype=float32]
             0 or 1.
 
@@ -315,15 +319,16 @@ class SegmentReader:
         ShardError
             A record is damaged or has another shape.
         """
-        segments = np.empty((len(rows), self.num_samples), np.float32)
+        segments = np.empty((len(rows), self.num_samples), dtype)
         labels = np.empty((len(rows), self.num_tags), np.float32)
-        records, is_verified = self._records[rows].tolist(), self._is_verified[rows].tolist()
-        for place, (shard, number, start, length) in enumerate(records):
-            read_segment(
-                self._files[shard], self._paths[shard], number, start, length,
-                segments[place], labels[place], verify=not is_verified[place],
-            )  # fmt: skip
-        self._is_verified[rows] = True
+        item_sizes = self._item_sizes[rows].tolist()
+        for place, (shard, *record) in enumerate(self._records[rows].tolist()):
+            record = (self._files[shard], self._paths[shard], *record)
+            if item_sizes[place]:
+                reread_segment(*record, item_sizes[place], segments[place], labels[place])
+            else:
+                item_sizes[place] = read_segment(*record, segments[place], labels[place])
+        self._item_sizes[rows] = item_sizes
         return segments, labels
 
     def batches(
@@ -332,6 +337,7 @@ class SegmentReader:
         order: np.ndarray,
         prefetch: int = 4,
         drop_remainder: bool = True,
+        dtype: type = np.float32,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield batches in the given order, prefetched by the threads.
 
@@ -345,6 +351,8 @@ class SegmentReader:
             Number of batches to read ahead.
         drop_remainder : bool
             Drop the last batch if it is smaller.
+        dtype : type
+            As for `read`.
 
         Yields
         ------
@@ -355,7 +363,7 @@ class SegmentReader:
         pending = []
         for start in range(0, stop, batch_size):
             rows = order[start : start + batch_size]
-            pending.append(self._threads.submit(self.read, rows))
+            pending.append(self._threads.submit(self.read, rows, dtype))
             if len(pending) > prefetch:
                 yield pending.pop(0).result()
         for batch in pending:

@@ -42,7 +42,7 @@ def import_keras() -> None:
             f"{_BACKENDS[backend]}, or select another with KERAS_BACKEND ({', '.join(_BACKENDS)})"
         )
     os.environ["KERAS_BACKEND"] = backend
-    _keep_freed_memory()
+    keep_freed_memory()
     import_quietly("keras")
 
 
@@ -90,7 +90,7 @@ def device_names() -> list[str]:
     ]
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the C library reuse large blocks of memory instead of returning them to the system.
 
     On a CPU, a training step allocates and frees gigabytes. If the system maps and clears these

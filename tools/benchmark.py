@@ -6,8 +6,8 @@
     python -m tools.benchmark sweep --batch-size 23 64 256 1024 --json gpu.json
 
 Each figure is the median of several repeats, with the lowest and the highest value. The limit of
-networks is the rate of matrix products, the limit of reading is the rate of plain reads of the
-shards. Both are measured in the same run.
+networks is the rate of matrix products. The limit of reading is the rate of reads of the same
+samples into memory without any check. Both are measured in the same run.
 
 ``machine``, ``train``, ``predict`` and ``sweep`` need no dataset. ``sweep`` measures a GPU: it runs
 the network on JAX and PyTorch in float32, tf32 and bfloat16, each in its own process, and lists

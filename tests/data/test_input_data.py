@@ -245,6 +245,11 @@ def test_reader_reads_any_layout_and_verifies_it(tmp_path, encoding, change):
         found = reader.read(np.arange(len(segments)))
         np.testing.assert_array_equal(found[0], segments)
         np.testing.assert_array_equal(found[1], labels)
+    assert reader.stored_type() == np.dtype(encoding)
+    stored, _ = reader.read(np.arange(len(segments)), reader.stored_type())
+    assert stored.dtype == encoding
+    full_scale = 1 if encoding == "float32" else 32768
+    np.testing.assert_array_equal(stored, segments * full_scale)
     reader.close()
     start, length = index_records(path)[2]
     for place in (records[2].index(bytes(clips[1].labels)), 200, length - 1, length + 3):
@@ -263,6 +268,18 @@ def test_reader_reads_any_layout_and_verifies_it(tmp_path, encoding, change):
         with pytest.raises(ShardError, match="record 2: its bytes do not match their checksum"):
             reader.read(np.arange(len(segments)))
         reader.close()
+
+
+def test_a_shard_that_is_truncated_while_it_is_open_is_an_error(segments_dataset, tmp_path):
+    dataset = open_dataset(shutil.copytree(segments_dataset.path, tmp_path / "dataset"))
+    reader = SegmentReader(dataset)
+    rows = np.arange(reader.num_segments)
+    reader.read(rows)
+    path = dataset.splits["train"].shards[-1]
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(ShardError, match=f"{path.name}: record .*its bytes have changed"):
+        reader.read(rows)
+    reader.close()
 
 
 @pytest.mark.parametrize("num_threads", [1, 8])
@@ -302,9 +319,9 @@ def test_reader_prefetches_only_a_few_batches(reader, monkeypatch):
     original = input_data.SegmentReader.read
     counted = []
 
-    def counting_read(self, rows):
+    def counting_read(self, rows, *options):
         counted.append(len(rows))
-        return original(self, rows)
+        return original(self, rows, *options)
 
     monkeypatch.setattr(input_data.SegmentReader, "read", counting_read)
     batches = reader.batches(batch_size, np.arange(reader.num_segments), prefetch)

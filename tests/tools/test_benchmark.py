@@ -55,8 +55,10 @@ def test_decoding_and_reading_are_measured_and_written_as_json(tiny_dataset, tmp
     assert benchmark.main([*arguments, *SMALL, "--json", str(path)]) == 0
     figures = read_figures(path)
     assert [(figure["stage"], figure["share"] is not None) for figure in figures] == [
-        ("decode", False), ("machine", False), ("input", True), ("input", True),
-    ]  # fmt: skip
+        ("decode", False),
+        *[("machine", False), ("input", True), ("input", True)],  # one thread, also first epoch
+        *[("machine", False), ("input", True)] * 2,
+    ]
     assert all(0 < figure["lowest"] <= figure["median"] <= figure["highest"] for figure in figures)
     printed = capsys.readouterr().out
     assert all(figure["what"] in printed for figure in figures)

@@ -263,76 +263,83 @@ def read_segment(
     length: int,
     samples: np.ndarray,
     labels: np.ndarray,
-    verify: bool = True,
-) -> None:
+) -> int:
     """Read a training or validation record into rows of a batch.
-
-    In the records that `encode_clip` writes, the samples are the last bytes. They are read directly
-    into the batch, without a copy. Records of another layout are decoded by `decode_record`.
 
     Parameters
     ----------
     file, path, number, start, length
         As for `read_record`.
-    samples : np.ndarray [shape=(n_samples,), dtype=float32]
-        Array to fill with the samples.
+    samples : np.ndarray [shape=(n_samples,), dtype=float32 or int16]
+        Array to fill with the samples; int16 only for records that store int16.
     labels : np.ndarray [shape=(n_tags,), dtype=float32]
         Array to fill with the labels.
-    verify : bool
-        Verify the checksum.
+
+    Returns
+    -------
+    int
+        Bytes per stored sample if the record ends with its labels and samples, as those of
+        `encode_clip` do. `reread_segment` reads such a record. 0 for another layout.
 
     Raises
     ------
     ShardError
         The record is damaged or has another shape.
     """
-    stored = samples if length > samples.nbytes else np.empty(len(samples), "<i2")
+    record = read_record(file, path, number, start, length)
+    clip = decode_record(record, path, number, len(samples), len(labels))
+    segment = clip.segments[0]
+    samples[:] = segment * INT16_SCALE if samples.dtype == np.int16 else segment
+    labels[:] = clip.labels
+    item_size = 4 if length > segment.nbytes else 2
+    end = clip.labels.tobytes() + _segment_header(len(segment) * item_size)
+    place = length - len(segment) * item_size - len(end)
+    return item_size if place > 0 and record[place : place + len(end)] == end else 0
+
+
+def reread_segment(
+    file: BinaryIO,
+    path: str | Path,
+    number: int,
+    start: int,
+    length: int,
+    item_size: int,
+    samples: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """Read a record that `read_segment` has verified: faster, and without its checksum.
+
+    Parameters
+    ----------
+    file, path, number, start, length, samples, labels
+        As for `read_segment`.
+    item_size : int
+        Result of `read_segment` for this record, not 0.
+
+    Raises
+    ------
+    ShardError
+        The record has changed.
+    """
+    is_direct = samples.itemsize == item_size
+    stored = samples if is_direct else np.empty(len(samples), np.int16)
     header = _segment_header(stored.nbytes)
-    prefix = bytearray(max(length - stored.nbytes, 0))
-    footer = bytearray(_FOOTER.size)
-    num_read = os.preadv(file.fileno(), [prefix, stored, footer], start)
-    outer = b"\x0a" + _varint(length - 1 - len(_varint(length)))
-    found = None
-    if num_read == length + len(footer) and prefix.startswith(outer) and prefix.endswith(header):
-        if verify and _masked_crc(prefix, stored) != _FOOTER.unpack(footer)[0]:
-            raise _damaged(path, number, "its bytes do not match their checksum")
-        found = _small_features(bytes(prefix[len(outer) : -len(header)]), stored, len(labels))
-    if found is None:
-        record = read_record(file, path, number, start, length)
-        clip = decode_record(record, path, number, len(samples), len(labels))
-        samples[:], labels[:] = clip.segments[0], clip.labels
-        return
-    labels[:] = found
-    if stored is not samples:
+    before = bytearray(len(labels) + len(header))
+    num_bytes = len(before) + stored.nbytes
+    num_read = os.preadv(file.fileno(), [before, stored], start + length - num_bytes)
+    if num_read < num_bytes or not before.endswith(header):
+        raise _damaged(path, number, "its bytes have changed since they were verified")
+    labels[:] = np.frombuffer(before, np.uint8, len(labels))
+    if not is_direct:
         np.multiply(stored, np.float32(1 / INT16_SCALE), out=samples)
 
 
 @cache
 def _segment_header(num_bytes: int) -> bytes:
-    """Return the header of the samples: the bytes between the other features and the samples."""
+    """Return the bytes between labels and samples in the records of `encode_clip`."""
     features = Features()
     _set_features(features, {SEGMENT_FEATURE: bytes(num_bytes)})
     return features.SerializeToString()[:-num_bytes]
-
-
-def _varint(number: int) -> bytes:
-    """Encode a number as protobuf does: 7 bits per byte, the lowest first."""
-    encoded = bytearray()
-    while number > 0x7F:
-        encoded.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes(encoded) + bytes([number])
-
-
-def _small_features(content: bytes, stored: np.ndarray, num_tags: int) -> np.ndarray | None:
-    """Return the labels of a record, or None if its other features are not as expected."""
-    try:
-        features = Features.FromString(content)
-        labels = np.frombuffer(_value(features, LABELS_FEATURE), np.uint8)
-        is_expected = len(labels) == num_tags and _encoding(features) == stored.dtype.name
-    except (DecodeError, _InvalidError):
-        return None
-    return labels if is_expected else None
 
 
 def record_encoding(record: bytes | memoryview, path: str | Path, number: int) -> str:

@@ -33,7 +33,7 @@ def fits_device(segments: SegmentReader) -> bool:
     stats = device.memory_stats() or {}
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     num_samples = segments.num_segments * segments.num_samples
-    return num_samples * (2 if segments.is_int16() else 4) <= _CACHE_SHARE * free
+    return num_samples * np.dtype(segments.stored_type()).itemsize <= _CACHE_SHARE * free
 
 
 class JaxTrainer:
@@ -63,6 +63,7 @@ class JaxTrainer:
     ):
         self._trainer = trainer
         self._segments = segments
+        self._stored_type = segments.stored_type() if segments else np.float32
         self._job = job or Job()
         on_cpu = jax.devices()[0].platform == "cpu"
         self.steps_per_dispatch = steps_per_dispatch or (1 if on_cpu else _STEPS_PER_DISPATCH)
@@ -141,8 +142,9 @@ class JaxTrainer:
             Values as `state` returns them; their memory is reused (donated).
         *inputs : np.ndarray
             Either numbers of cached segments [shape=(n_steps, batch), dtype=int32], or segments
-            [shape=(n_steps, batch, n_samples)] and labels [shape=(n_steps, batch, n_tags)]. With
-            several processes, only this process's rows of each batch.
+            [shape=(n_steps, batch, n_samples), dtype=float32 or int16] and labels
+            [shape=(n_steps, batch, n_tags)]. With several processes, only this process's rows of
+            each batch.
 
         Returns
         -------
@@ -169,8 +171,9 @@ class JaxTrainer:
             return
         num_rows = rows.shape[1]
         for batch in self._segments.batches(
-            steps * num_rows, rows.reshape(-1), prefetch=3, drop_remainder=False
-        ):
+            steps * num_rows, rows.reshape(-1), prefetch=3, drop_remainder=False,
+            dtype=self._stored_type,
+        ):  # fmt: skip
             yield tuple(part.reshape(-1, num_rows, part.shape[-1]) for part in batch)
 
     def _scan_batches(self, state, segments, labels):
@@ -180,15 +183,14 @@ class JaxTrainer:
         segments, labels = cache
 
         def step(state, row):
-            x = segments[row[0]]
-            if x.dtype == jnp.int16:
-                x = x.astype(jnp.float32) / INT16_SCALE
-            return self._step(state, x, labels[row[0]])
+            return self._step(state, segments[row[0]], labels[row[0]])
 
         return _scan(step, state, (rows,))
 
     def _step(self, state, x, y):
         trainer = self._trainer
+        if x.dtype == jnp.int16:
+            x = x.astype(jnp.float32) / INT16_SCALE
         trainable, non_trainable, optimizer = state
 
         def loss_of(trainable):
@@ -263,9 +265,8 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     """Copy all segments to every device, in chunks, so that the host stores only few of them."""
     everywhere = job.mesh and NamedSharding(job.mesh, PartitionSpec())
     num_rows = segments.num_segments
-    is_int16 = segments.is_int16()
-    stored = jnp.int16 if is_int16 else jnp.float32
-    samples = jnp.zeros((num_rows, segments.num_samples), stored, device=everywhere)
+    stored_type = segments.stored_type()
+    samples = jnp.zeros((num_rows, segments.num_samples), stored_type, device=everywhere)
     labels = jnp.zeros((num_rows, segments.num_tags), jnp.float32, device=everywhere)
 
     def place(whole, part, start):
@@ -278,9 +279,7 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     with messages.progress(
         total=num_rows, unit="segment", desc="copying to the device", leave=False
     ) as bar:
-        for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False):
-            if is_int16:
-                x = (x * INT16_SCALE).astype(np.int16)  # exact, since the shards store int16
+        for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False, dtype=stored_type):
             x, y = (_place(job, part, PartitionSpec()) for part in (x, y))
             samples, labels = place(samples, x, start), place(labels, y, start)
             start += len(x)
