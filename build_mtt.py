@@ -198,6 +198,7 @@ def build(data_dir: str | Path, **options) -> dict:
         A signal arrived.
     """
     options = BuildOptions(data_dir, **options)
+    _check_input(options)
     if options.scheduler is not None:
         _import_dask_cluster()
         # Workers have another working directory, so they need absolute paths.
@@ -205,7 +206,6 @@ def build(data_dir: str | Path, **options) -> dict:
         options = dataclasses.replace(
             options, data_dir=Path(data_dir).absolute(), audio_dir=absolute
         )
-    _check_input(options)
     clips, tags = _read_annotations(options)
     clips = assign_shards(clips, options.num_audios_per_shard)
     recorded = options.recorded()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import build_mtt
 
-import pytest
 from conftest import encode_audio, synthesise, write_dataset
 
 SCRIPT = Path(build_mtt.__file__)
@@ -22,7 +21,6 @@ SHARDS = {
     *(f"val-{shard:04d}-of-0003.tfrecord" for shard in range(3)),
     *(f"test-{shard:04d}-of-0003.seq.tfrecord" for shard in range(3)),
 }
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 
 
 def write_source(data_dir):

@@ -2,13 +2,17 @@
 
 import csv
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if importlib.util.find_spec("tensorflow") is None:
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # modules that import Keras directly need this
 
 import build_mtt
 
@@ -117,9 +121,14 @@ def write_other_tags(data_dir):
     return tags
 
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+
+
 @contextmanager
 def opened(path):
     """Yield a function that returns whether any process opened a file since its last call."""
+    if sys.platform != "linux":
+        pytest.skip("needs inotify")
     libc = ctypes.CDLL(None)
     watch = libc.inotify_init1(os.O_NONBLOCK)
     try:

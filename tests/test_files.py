@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,21 @@ def test_on_macos_files_are_flushed_to_the_disk_itself(tmp_path, monkeypatch, su
     files.write_atomically(tmp_path / "a.csv", b"content")
     assert calls == ([51] if supported else [51, "fsync"])
     assert (tmp_path / "a.csv").read_bytes() == b"content"
+
+
+def test_a_refused_limit_of_open_files_is_no_error(monkeypatch):
+    """On macOS, the hard limit is infinite, but high limits are refused."""
+    asked = []
+
+    def refuse(kind, limits):
+        asked.append(limits)
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    files.allow_open_files(50_000)
+    ((limit, hard),) = asked
+    assert limit > 50_000 and hard == resource.RLIM_INFINITY
 
 
 def test_an_error_of_another_file_keeps_its_name(tmp_path):

@@ -143,7 +143,7 @@ class _Worker:
     def call(self, task):
         """Run the function on a task in the worker."""
         try:
-            self._connection.send(task)
+            _send(self._connection, task)
             while (message := self._connection.recv())[0] == "counted":
                 self.num_counted += 1
         except (EOFError, OSError):
@@ -160,6 +160,13 @@ class _Worker:
         self._process.join()
 
 
+def _send(connection: Connection, message) -> None:
+    """Send a message that ``connection.recv`` returns."""
+    # If the pipe breaks, connection.send leaves a buffer behind that Python 3.13 cannot free
+    # without a message on stderr.
+    connection.send_bytes(pickle.dumps(message))
+
+
 def _work(function: Callable, connection: Connection) -> None:
     """Handle tasks in a worker process: send each counted item, then the result or the error."""
     _exit_with_parent()
@@ -167,11 +174,11 @@ def _work(function: Callable, connection: Connection) -> None:
         while True:
             task = connection.recv()
             try:
-                result = function(task, partial(connection.send, ("counted", None)))
+                result = function(task, partial(_send, connection, ("counted", None)))
             except Exception as error:
-                connection.send(("error", _picklable(error)))
+                _send(connection, ("error", _picklable(error)))
             else:
-                connection.send(("result", result))
+                _send(connection, ("result", result))
 
 
 def _exit_with_parent() -> None:

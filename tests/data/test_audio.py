@@ -16,7 +16,7 @@ from toolkit.errors import AudioError, UsageError
 import av
 import numpy as np
 import pytest
-from conftest import add_picture, encode_audio, encode_float, synthesise
+from conftest import add_picture, encode_audio, encode_float, needs_proc, synthesise
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -256,7 +256,7 @@ _HELD = """
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@needs_proc
 @pytest.mark.parametrize("name", ["hours.mp3", "hours.wav"])
 def test_three_hours_need_no_more_memory_than_29_s(tmp_path, name):
     short = encode_audio(tmp_path / "short.mp3", synthesise(30))

@@ -19,7 +19,7 @@ from toolkit.data.shards import ShardTask, make_shard
 
 import numpy as np
 import pytest
-from conftest import encode_audio, synthesise, write_annotations, write_dataset
+from conftest import encode_audio, needs_proc, synthesise, write_annotations, write_dataset
 
 ROOT = Path(build_mtt.__file__).parent
 SPLITS = ("train", "test")
@@ -386,7 +386,7 @@ def assert_bounded(of_minutes, of_hour):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@needs_proc
 @pytest.mark.parametrize("split", SPLITS)
 def test_an_hour_is_built_and_read_in_bounded_memory(tmp_path, tracks, split):
     paths = [tmp_path / path.stem / shard_name(split, 0, 1) for path in tracks]
@@ -398,6 +398,6 @@ def test_an_hour_is_built_and_read_in_bounded_memory(tmp_path, tracks, split):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@needs_proc
 def test_an_hour_is_tagged_in_bounded_memory(tracks):
     assert_bounded(*(measure("tag", path) for path in tracks))

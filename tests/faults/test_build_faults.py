@@ -23,7 +23,6 @@ from builds import (
     contents,
     fill_disk,
     is_running,
-    needs_proc,
     refusal,
     run,
     shards_in,
@@ -31,6 +30,7 @@ from builds import (
     wait_until,
     workers_of,
 )
+from conftest import needs_proc
 
 TWO_WORKERS = ("--num-workers", "2")
 

@@ -9,6 +9,9 @@ import os
 
 import fuzz
 import pytest
+from conftest import needs_proc
+
+pytestmark = needs_proc
 
 SEED = int(os.environ.get("FUZZ_SEED", "20180415"))
 

@@ -17,6 +17,7 @@ from toolkit.models.config import BLOCKS, NetworkConfig
 import keras
 import numpy as np
 import pytest
+from conftest import needs_proc
 from model_files import (
     TAGS,
     OpensFile,
@@ -272,6 +273,7 @@ _FULL_SIZE = """
 """
 
 
+@needs_proc
 @pytest.mark.slow
 def test_full_size_network_loads_in_bounded_memory(tmp_path):
     config = NetworkConfig(block="se")

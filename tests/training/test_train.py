@@ -515,7 +515,9 @@ def test_errors_are_exceptions_in_python(tiny_dataset, tmp_path):
     with pytest.raises(UsageError, match="batch-size 99"):
         train.train(tiny_dataset, tmp_path, config, TrainingOptions(batch_size=99))
     with pytest.raises(UsageError, match="--device-cache on: needs KERAS_BACKEND=jax"):
-        train.train(tiny_dataset, tmp_path, config, TrainingOptions(4, device_cache="on"))
+        train.train(
+            tiny_dataset, tmp_path, config, TrainingOptions(4, device_cache="on", jit="off")
+        )
 
 
 def test_a_second_training_is_refused(tiny_dataset, log, capsys):
