@@ -124,7 +124,7 @@ def test_runs_killed_at_random_moments_resume_to_the_same_weights(tiny_dataset, 
     options = arguments(tiny_dataset, tmp_path / "log", *TWO_STAGES)
     random = np.random.default_rng(0)
     ends = Counter()
-    for number in range(int(os.environ.get("TRAINING_KILLS", "8"))):
+    for number in range(int(os.environ.get("TRAINING_KILLS", "4"))):
         if number % 4 == 0:
             shutil.rmtree(tmp_path / "log", ignore_errors=True)
         run = TrainingProcess(*options)

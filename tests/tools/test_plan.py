@@ -58,7 +58,7 @@ def test_training_by_hand():
     [
         ({"gpu_memory": 1.0}, "page cache", "input"),
         ({"gpu_memory": 1.0, "input_rate": 1e9, "gpu_rate": 1e3}, "page cache", "GPU"),
-        ({"host_memory": 1.0, "gpu_memory": 1.0}, "storage", "input"),
+        ({"host_memory": 1.0, "gpu_memory": 1.0, "input_rate": 4e3}, "storage", "input"),
         ({"host_memory": 1.0, "gpu_memory": 1.0, "storage": 0.1}, "storage", "storage"),
         ({"gpus_per_host": 1, "input_rate": 1e9, "network": 10.0}, "page cache", "exchange"),
         ({"gpu_memory": 1e3, "sequential_rate": 10.0}, "GPU memory", "validation"),
