@@ -308,6 +308,8 @@ def _tag(arguments: argparse.Namespace) -> None:
     files = find_files(arguments.audio)
     if not files:
         raise UsageError(f"{', '.join(arguments.audio)}: no files found")
+    if len(files) == 1 and not files[0][0].exists():  # before the model is loaded
+        raise AudioError(f"{files[0][0]}: no such file")
     _check_taggrams(arguments, len(files))
 
     checkpoint = load(arguments.model_path)
