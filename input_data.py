@@ -13,6 +13,7 @@ few batches in memory.
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from toolkit.data.annotations import (
@@ -281,6 +282,7 @@ class SegmentReader:
     def num_segments(self) -> int:
         return len(self._records)
 
+    @cached_property
     def stored_type(self) -> type:
         """Return np.int16 if all shards store int16, by their first records; else np.float32."""
         firsts = self._records[self._records[:, 1] == 0]

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 from toolkit import cli, figures, messages
-from toolkit.data.audio import cut_pieces, decode_pieces
+from toolkit.data.audio import check_file, cut_pieces, decode_pieces
 from toolkit.data.clip import Clip
 from toolkit.errors import AudioError, CheckpointError, UsageError
 from toolkit.files import write_atomically
@@ -308,8 +308,9 @@ def _tag(arguments: argparse.Namespace) -> None:
     files = find_files(arguments.audio)
     if not files:
         raise UsageError(f"{', '.join(arguments.audio)}: no files found")
-    if len(files) == 1 and not files[0][0].exists():  # before the model is loaded
-        raise AudioError(f"{files[0][0]}: no such file")
+    (path, is_named), *others = files
+    if is_named and not others:
+        check_file(path)  # before the model is loaded, which takes seconds
     _check_taggrams(arguments, len(files))
 
     checkpoint = load(arguments.model_path)

@@ -133,13 +133,13 @@ def measure_input(arguments: argparse.Namespace) -> Iterator[Figure]:
                 f"--batch-size {batch_size}: more than the {reader.num_segments} training segments"
             )
         threads = messages.count(num_threads, "thread")
-        with _bare_reads(dataset, reader.stored_type(), batch_size, num_threads) as read_bare:
+        with _bare_reads(dataset, reader.stored_type, batch_size, num_threads) as read_bare:
             bare = measure_rate(
                 "machine", f"reads without any check, {threads}", "segments/s", read_bare,
                 num_segments, arguments.repeats,
             )  # fmt: skip
         yield bare
-        for dtype in dict.fromkeys((np.float32, reader.stored_type())):  # int16 for the JAX loop
+        for dtype in dict.fromkeys((np.float32, reader.stored_type)):  # int16 for the JAX loop
             what = f"batches of {batch_size}, {dtype.__name__}, {threads}"
             yield measure_rate(
                 "input", what, "segments/s", lambda r=reader, t=dtype: read_epoch(r, t),

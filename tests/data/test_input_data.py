@@ -245,8 +245,8 @@ def test_reader_reads_any_layout_and_verifies_it(tmp_path, encoding, change):
         found = reader.read(np.arange(len(segments)))
         np.testing.assert_array_equal(found[0], segments)
         np.testing.assert_array_equal(found[1], labels)
-    assert reader.stored_type() == np.dtype(encoding)
-    stored, _ = reader.read(np.arange(len(segments)), reader.stored_type())
+    assert reader.stored_type == np.dtype(encoding)
+    stored, _ = reader.read(np.arange(len(segments)), reader.stored_type)
     assert stored.dtype == encoding
     full_scale = 1 if encoding == "float32" else 32768
     np.testing.assert_array_equal(stored, segments * full_scale)

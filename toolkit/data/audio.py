@@ -66,6 +66,18 @@ def decode(
     return np.concatenate(list(decode_pieces(path, sample_rate, stop, decoder)))
 
 
+def check_file(path: Path) -> None:
+    """Raise AudioError if a file does not exist, cannot be read, or is empty."""
+    try:
+        if not path.is_file():
+            raise AudioError(f"{path}: no such file")
+        is_empty = path.stat().st_size == 0
+    except OSError as error:  # for example, the name is too long
+        raise AudioError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_empty:
+        raise AudioError(f"{path}: the file is empty")
+
+
 def decode_pieces(
     path: str | Path,
     sample_rate: int = SAMPLE_RATE,
@@ -90,14 +102,7 @@ def decode_pieces(
         As `decode`. For a damaged file, the error may be raised after some pieces.
     """
     path = Path(path)
-    try:
-        if not path.is_file():
-            raise AudioError(f"{path}: no such file")
-        is_empty = path.stat().st_size == 0
-    except OSError as error:  # for example, the name is too long
-        raise AudioError(f"{path}: cannot be read: {error.strerror}") from None
-    if is_empty:
-        raise AudioError(f"{path}: the file is empty")
+    check_file(path)
     read = {"av": _decode_av, "madmom": _decode_madmom}[decoder]
     num_decoded = 0
     end = sys.maxsize if stop is None else round(min(stop * sample_rate, sys.maxsize))

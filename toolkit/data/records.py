@@ -279,7 +279,8 @@ def read_segment(
     -------
     int
         Bytes per stored sample if the record ends with its labels and samples, as those of
-        `encode_clip` do. `reread_segment` reads such a record. 0 for another layout.
+        `encode_clip` do. `reread_segment` reads such a record. 0 for another layout, and for
+        float32 read as int16.
 
     Raises
     ------
@@ -294,7 +295,8 @@ def read_segment(
     item_size = 4 if length > segment.nbytes else 2
     end = clip.labels.tobytes() + _segment_header(len(segment) * item_size)
     place = length - len(segment) * item_size - len(end)
-    return item_size if place > 0 and record[place : place + len(end)] == end else 0
+    is_usual = place > 0 and record[place : place + len(end)] == end
+    return item_size if is_usual and item_size <= samples.itemsize else 0
 
 
 def reread_segment(

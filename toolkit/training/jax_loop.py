@@ -33,7 +33,7 @@ def fits_device(segments: SegmentReader) -> bool:
     stats = device.memory_stats() or {}
     free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     num_samples = segments.num_segments * segments.num_samples
-    return num_samples * np.dtype(segments.stored_type()).itemsize <= _CACHE_SHARE * free
+    return num_samples * np.dtype(segments.stored_type).itemsize <= _CACHE_SHARE * free
 
 
 class JaxTrainer:
@@ -63,7 +63,6 @@ class JaxTrainer:
     ):
         self._trainer = trainer
         self._segments = segments
-        self._stored_type = segments.stored_type() if segments else np.float32
         self._job = job or Job()
         on_cpu = jax.devices()[0].platform == "cpu"
         self.steps_per_dispatch = steps_per_dispatch or (1 if on_cpu else _STEPS_PER_DISPATCH)
@@ -172,7 +171,7 @@ class JaxTrainer:
         num_rows = rows.shape[1]
         for batch in self._segments.batches(
             steps * num_rows, rows.reshape(-1), prefetch=3, drop_remainder=False,
-            dtype=self._stored_type,
+            dtype=self._segments.stored_type,
         ):  # fmt: skip
             yield tuple(part.reshape(-1, num_rows, part.shape[-1]) for part in batch)
 
@@ -265,7 +264,7 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     """Copy all segments to every device, in chunks, so that the host stores only few of them."""
     everywhere = job.mesh and NamedSharding(job.mesh, PartitionSpec())
     num_rows = segments.num_segments
-    stored_type = segments.stored_type()
+    stored_type = segments.stored_type
     samples = jnp.zeros((num_rows, segments.num_samples), stored_type, device=everywhere)
     labels = jnp.zeros((num_rows, segments.num_tags), jnp.float32, device=everywhere)
 
