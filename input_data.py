@@ -268,8 +268,8 @@ class SegmentReader:
             ]
             or [np.zeros((0, 4), np.int64)]
         )
-        # Result of read_segment for each segment; 0 until it has been read once.
-        self._item_sizes = np.zeros(len(self._records), np.uint8)
+        # Result of read_segment for each segment; False until it has been read once.
+        self._verified = np.zeros(len(self._records), bool)
         expected = dataset.splits[split].num_segments
         if expected is not None and self.num_segments != expected:
             self.close()
@@ -284,7 +284,7 @@ class SegmentReader:
 
     @cached_property
     def stored_type(self) -> type:
-        """Return np.int16 if all shards store int16, by their first records; else np.float32."""
+        """Type of the samples: np.int16 if the first record of every shard stores int16."""
         firsts = self._records[self._records[:, 1] == 0]
         for shard, *place in firsts.tolist():
             path = self._paths[shard]
@@ -299,20 +299,18 @@ class SegmentReader:
         for file in self._files:
             file.close()
 
-    def read(self, rows: np.ndarray, dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read segments by number.
 
         Parameters
         ----------
         rows : np.ndarray [shape=(n,), dtype=int]
             Numbers of the segments, from 0 to ``num_segments`` - 1.
-        dtype : type
-            Type of the samples: float32 or `stored_type`.
 
         Returns
         -------
-        segments : np.ndarray [shape=(n, n_samples), dtype=dtype]
-            Samples: full scale is 1 in float32, 32,768 in int16.
+        segments : np.ndarray [shape=(n, n_samples), dtype=float32 or int16]
+            Samples of `stored_type`: full scale is 1 in float32, 32,768 in int16.
         labels : np.ndarray [shape=(n, n_tags), dtype=float32]
             0 or 1.
 
@@ -321,16 +319,16 @@ class SegmentReader:
         ShardError
             A record is damaged or has another shape.
         """
-        segments = np.empty((len(rows), self.num_samples), dtype)
+        segments = np.empty((len(rows), self.num_samples), self.stored_type)
         labels = np.empty((len(rows), self.num_tags), np.float32)
-        item_sizes = self._item_sizes[rows].tolist()
+        verified = self._verified[rows].tolist()
         for place, (shard, *record) in enumerate(self._records[rows].tolist()):
             record = (self._files[shard], self._paths[shard], *record)
-            if item_sizes[place]:
-                reread_segment(*record, item_sizes[place], segments[place], labels[place])
+            if verified[place]:
+                reread_segment(*record, segments[place], labels[place])
             else:
-                item_sizes[place] = read_segment(*record, segments[place], labels[place])
-        self._item_sizes[rows] = item_sizes
+                verified[place] = read_segment(*record, segments[place], labels[place])
+        self._verified[rows] = verified
         return segments, labels
 
     def batches(
@@ -339,7 +337,6 @@ class SegmentReader:
         order: np.ndarray,
         prefetch: int = 4,
         drop_remainder: bool = True,
-        dtype: type = np.float32,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield batches in the given order, prefetched by the threads.
 
@@ -353,8 +350,6 @@ class SegmentReader:
             Number of batches to read ahead.
         drop_remainder : bool
             Drop the last batch if it is smaller.
-        dtype : type
-            As for `read`.
 
         Yields
         ------
@@ -365,7 +360,7 @@ class SegmentReader:
         pending = []
         for start in range(0, stop, batch_size):
             rows = order[start : start + batch_size]
-            pending.append(self._threads.submit(self.read, rows, dtype))
+            pending.append(self._threads.submit(self.read, rows))
             if len(pending) > prefetch:
                 yield pending.pop(0).result()
         for batch in pending:

@@ -13,8 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +24,6 @@ from toolkit.models.config import NetworkConfig
 import numpy as np
 
 if TYPE_CHECKING:
-    from input_data import Dataset
-
     import keras
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,15 +111,25 @@ def measure_input(arguments: argparse.Namespace) -> Iterator[Figure]:
     dataset, batch_size = open_dataset(arguments.data_dir), arguments.batch_size[0]
     epochs = itertools.count()
 
-    def read_epoch(reader: SegmentReader, dtype: type = np.float32) -> None:
+    def read_epoch(reader: SegmentReader) -> None:
         order = shuffled_order(reader.num_segments, 0, 0, next(epochs))
-        for _ in reader.batches(batch_size, order, dtype=dtype):
+        for _ in reader.batches(batch_size, order):
             pass
 
     def read_first_epoch() -> None:
         reader = SegmentReader(dataset, "train", num_threads=1)
         read_epoch(reader)
         reader.close()
+
+    class BareReader(SegmentReader):
+        """Reads only the samples, without any check."""
+
+        def read(self, rows: np.ndarray) -> tuple[np.ndarray, None]:
+            segments = np.empty((len(rows), self.num_samples), self.stored_type)
+            for samples, record in zip(segments, self._records[rows].tolist(), strict=True):
+                shard, _, start, length = record
+                os.preadv(self._files[shard].fileno(), [samples], start + length - samples.nbytes)
+            return segments, None
 
     for num_threads in (1, 2, 8):
         reader = SegmentReader(dataset, "train", num_threads)
@@ -133,57 +139,24 @@ def measure_input(arguments: argparse.Namespace) -> Iterator[Figure]:
                 f"--batch-size {batch_size}: more than the {reader.num_segments} training segments"
             )
         threads = messages.count(num_threads, "thread")
-        with _bare_reads(dataset, reader.stored_type, batch_size, num_threads) as read_bare:
-            bare = measure_rate(
-                "machine", f"reads without any check, {threads}", "segments/s", read_bare,
-                num_segments, arguments.repeats,
-            )  # fmt: skip
+        bare_reader = BareReader(dataset, "train", num_threads)
+        bare = measure_rate(
+            "machine", f"reads without any check, {threads}", "segments/s",
+            lambda r=bare_reader: read_epoch(r), num_segments, arguments.repeats,
+        )  # fmt: skip
         yield bare
-        for dtype in dict.fromkeys((np.float32, reader.stored_type)):  # int16 for the JAX loop
-            what = f"batches of {batch_size}, {dtype.__name__}, {threads}"
-            yield measure_rate(
-                "input", what, "segments/s", lambda r=reader, t=dtype: read_epoch(r, t),
-                num_segments, arguments.repeats, bare.median,
-            )  # fmt: skip
+        what = f"batches of {batch_size}, {reader.stored_type.__name__}"
+        yield measure_rate(
+            "input", f"{what}, {threads}", "segments/s", lambda r=reader: read_epoch(r),
+            num_segments, arguments.repeats, bare.median,
+        )  # fmt: skip
         reader.close()
+        bare_reader.close()
         if num_threads == 1:
-            what = f"batches of {batch_size}, first epoch, with checksums, 1 thread"
             yield measure_rate(
-                "input", what, "segments/s", read_first_epoch, num_segments, arguments.repeats,
-                bare.median,
+                "input", f"{what}, first epoch, with checksums, 1 thread", "segments/s",
+                read_first_epoch, num_segments, arguments.repeats, bare.median,
             )  # fmt: skip
-
-
-@contextmanager
-def _bare_reads(
-    dataset: "Dataset", stored_type: type, batch_size: int, num_threads: int
-) -> Iterator[Callable[[], None]]:
-    """Yield a function that reads the stored samples of an epoch into batches in random order."""
-    from toolkit.data.records import index_records
-
-    num_bytes = dataset.num_samples * np.dtype(stored_type).itemsize
-    with ExitStack() as stack:
-        files = [stack.enter_context(open(path, "rb")) for path in dataset.splits["train"].shards]
-        places = [  # file, offset of the samples
-            (file.fileno(), int(start + length) - num_bytes)
-            for file in files
-            for start, length in index_records(file.name)
-        ]
-        threads = stack.enter_context(ThreadPoolExecutor(num_threads))
-
-        def read_batch(rows: np.ndarray) -> None:
-            batch = np.empty((len(rows), dataset.num_samples), stored_type)
-            for samples, row in zip(batch, rows.tolist(), strict=True):
-                os.preadv(places[row][0], [samples], places[row][1])
-
-        def read_epoch() -> None:
-            order = np.random.default_rng().permutation(len(places))
-            num_batches = len(order) // batch_size
-            batches = order[: num_batches * batch_size].reshape(num_batches, batch_size)
-            for _ in threads.map(read_batch, batches):
-                pass
-
-        yield read_epoch
 
 
 def measure_start(arguments: argparse.Namespace) -> Iterator[Figure]:

@@ -37,6 +37,8 @@ PROGRAM = """
 
     expected = trainer()
     batches = reader.batches(4, order)
+    if reader.stored_type == np.int16:
+        batches = ((np.float32(x) / 32768, y) for x, y in batches)
     history = expected.fit(batches, steps_per_epoch=steps, shuffle=False, verbose=0)
     losses = {}
     for steps_per_dispatch in (1, 3):

@@ -80,6 +80,23 @@ def test_steps_follow_the_published_formula(stage, momentum):
     np.testing.assert_allclose(layer.get_weights()[1], b, atol=3e-6)
 
 
+def test_stored_int16_samples_train_like_their_float32_values():
+    import keras
+
+    stored = np.random.default_rng(0).integers(-32768, 32768, (4, 3), np.int16)
+    labels = np.eye(4, 2, dtype=np.float32)
+    weights = []
+    for samples in (stored, stored.astype(np.float32) / 32768):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((3,))
+        network = keras.Model(inputs, keras.layers.Dense(2, activation="sigmoid")(inputs))
+        trainer = compile_trainer(network, TrainingOptions(lr=0.3), stage=0, jit=False)
+        trainer.fit(((samples, labels) for _ in range(5)), steps_per_epoch=5, verbose=0)
+        weights.append(network.get_weights())
+    np.testing.assert_array_equal(weights[0][0], weights[1][0])
+    np.testing.assert_array_equal(weights[0][1], weights[1][1])
+
+
 @pytest.mark.parametrize(
     ("losses", "patience", "max_epochs", "finished_at"),
     [

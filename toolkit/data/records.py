@@ -263,40 +263,41 @@ def read_segment(
     length: int,
     samples: np.ndarray,
     labels: np.ndarray,
-) -> int:
-    """Read a training or validation record into rows of a batch.
+) -> bool:
+    """Read a training or validation record into rows of a batch, and verify its checksum.
 
     Parameters
     ----------
     file, path, number, start, length
         As for `read_record`.
     samples : np.ndarray [shape=(n_samples,), dtype=float32 or int16]
-        Array to fill with the samples; int16 only for records that store int16.
+        Array to fill with the samples: full scale is 1 in float32, 32,768 in int16.
     labels : np.ndarray [shape=(n_tags,), dtype=float32]
         Array to fill with the labels.
 
     Returns
     -------
-    int
-        Bytes per stored sample if the record ends with its labels and samples, as those of
-        `encode_clip` do. `reread_segment` reads such a record. 0 for another layout, and for
-        float32 read as int16.
+    bool
+        Whether `reread_segment` can read the record: it stores samples of the array's type, and
+        ends with its labels and samples, as records of `encode_clip` do.
 
     Raises
     ------
     ShardError
-        The record is damaged or has another shape.
+        The record is damaged, has another shape, or stores float32 and the array is int16.
     """
     record = read_record(file, path, number, start, length)
     clip = decode_record(record, path, number, len(samples), len(labels))
     segment = clip.segments[0]
-    samples[:] = segment * INT16_SCALE if samples.dtype == np.int16 else segment
+    if samples.dtype == np.int16:
+        if record_encoding(record, path, number) != "int16":
+            raise _damaged(path, number, "its samples are float32, those before it int16")
+        segment = segment * INT16_SCALE
+    samples[:] = segment
     labels[:] = clip.labels
-    item_size = 4 if length > segment.nbytes else 2
-    end = clip.labels.tobytes() + _segment_header(len(segment) * item_size)
-    place = length - len(segment) * item_size - len(end)
-    is_usual = place > 0 and record[place : place + len(end)] == end
-    return item_size if is_usual and item_size <= samples.itemsize else 0
+    end = clip.labels.tobytes() + _segment_header(samples.nbytes)
+    place = length - samples.nbytes - len(end)
+    return place > 0 and record[place : place + len(end)] == end
 
 
 def reread_segment(
@@ -305,35 +306,28 @@ def reread_segment(
     number: int,
     start: int,
     length: int,
-    item_size: int,
     samples: np.ndarray,
     labels: np.ndarray,
 ) -> None:
-    """Read a record that `read_segment` has verified: faster, and without its checksum.
+    """Read a record for which `read_segment` returned True: faster, and without its checksum.
 
     Parameters
     ----------
     file, path, number, start, length, samples, labels
         As for `read_segment`.
-    item_size : int
-        Result of `read_segment` for this record, not 0.
 
     Raises
     ------
     ShardError
         The record has changed.
     """
-    is_direct = samples.itemsize == item_size
-    stored = samples if is_direct else np.empty(len(samples), np.int16)
-    header = _segment_header(stored.nbytes)
+    header = _segment_header(samples.nbytes)
     before = bytearray(len(labels) + len(header))
-    num_bytes = len(before) + stored.nbytes
-    num_read = os.preadv(file.fileno(), [before, stored], start + length - num_bytes)
+    num_bytes = len(before) + samples.nbytes
+    num_read = os.preadv(file.fileno(), [before, samples], start + length - num_bytes)
     if num_read < num_bytes or not before.endswith(header):
         raise _damaged(path, number, "its bytes have changed since they were verified")
     labels[:] = np.frombuffer(before, np.uint8, len(labels))
-    if not is_direct:
-        np.multiply(stored, np.float32(1 / INT16_SCALE), out=samples)
 
 
 @cache

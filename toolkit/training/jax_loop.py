@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 from input_data import SegmentReader
 from toolkit import messages
-from toolkit.data.records import INT16_SCALE
 from toolkit.training.devices import BATCH_AXIS, Job
 
 import jax
@@ -170,9 +169,8 @@ class JaxTrainer:
             return
         num_rows = rows.shape[1]
         for batch in self._segments.batches(
-            steps * num_rows, rows.reshape(-1), prefetch=3, drop_remainder=False,
-            dtype=self._segments.stored_type,
-        ):  # fmt: skip
+            steps * num_rows, rows.reshape(-1), prefetch=3, drop_remainder=False
+        ):
             yield tuple(part.reshape(-1, num_rows, part.shape[-1]) for part in batch)
 
     def _scan_batches(self, state, segments, labels):
@@ -188,8 +186,6 @@ class JaxTrainer:
 
     def _step(self, state, x, y):
         trainer = self._trainer
-        if x.dtype == jnp.int16:
-            x = x.astype(jnp.float32) / INT16_SCALE
         trainable, non_trainable, optimizer = state
 
         def loss_of(trainable):
@@ -264,8 +260,7 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     """Copy all segments to every device, in chunks, so that the host stores only few of them."""
     everywhere = job.mesh and NamedSharding(job.mesh, PartitionSpec())
     num_rows = segments.num_segments
-    stored_type = segments.stored_type
-    samples = jnp.zeros((num_rows, segments.num_samples), stored_type, device=everywhere)
+    samples = jnp.zeros((num_rows, segments.num_samples), segments.stored_type, device=everywhere)
     labels = jnp.zeros((num_rows, segments.num_tags), jnp.float32, device=everywhere)
 
     def place(whole, part, start):
@@ -278,7 +273,7 @@ def _read_all(segments: SegmentReader, job: Job) -> tuple[jax.Array, jax.Array]:
     with messages.progress(
         total=num_rows, unit="segment", desc="copying to the device", leave=False
     ) as bar:
-        for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False, dtype=stored_type):
+        for x, y in segments.batches(_CACHE_CHUNK, order, drop_remainder=False):
             x, y = (_place(job, part, PartitionSpec()) for part in (x, y))
             samples, labels = place(samples, x, start), place(labels, y, start)
             start += len(x)

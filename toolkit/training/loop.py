@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from input_data import shuffled_order
 from toolkit import messages
+from toolkit.data.records import INT16_SCALE
 from toolkit.errors import ToolkitError, TrainingError, UsageError
 from toolkit.training.options import TrainingOptions
 from toolkit.training.stage import Run
@@ -31,7 +32,8 @@ def compile_trainer(
 
     The loss is binary cross-entropy plus the L2 penalty of the convolution kernels. The optimizer
     is stochastic gradient descent with Nesterov momentum; its learning rate at iteration i is
-    ``lr * lr_decay**stage / (1 + 1e-6 * i)``.
+    ``lr * lr_decay**stage / (1 + 1e-6 * i)``. The model also takes int16 samples, as shards may
+    store them, so that only half the bytes are copied to the device.
 
     Parameters
     ----------
@@ -47,12 +49,23 @@ def compile_trainer(
     import keras
 
     trainer = keras.Model(network.input, network.outputs[0], name="trainer")
+    # A layer that converts int16 would change the model's files.
+    call = trainer.call
+    trainer.call = lambda segments, **options: call(_as_float32(segments), **options)
     schedule = keras.optimizers.schedules.InverseTimeDecay(
         options.stage_lr(stage), decay_steps=1, decay_rate=ITERATION_DECAY
     )
     optimizer = keras.optimizers.SGD(schedule, momentum=options.momentum, nesterov=True)
     trainer.compile(optimizer, loss="binary_crossentropy", jit_compile=jit)
     return trainer
+
+
+def _as_float32(segments):
+    import keras
+
+    if keras.backend.standardize_dtype(segments.dtype) != "int16":
+        return segments
+    return keras.ops.cast(segments, "float32") / INT16_SCALE
 
 
 def make_epoch(run: Run, stage: int, trainer: "keras.Model") -> Callable[[int], float]:
