@@ -52,10 +52,8 @@ def choose_jit(choice: str, block: str) -> bool:
     Parameters
     ----------
     choice : {'auto', 'on', 'off'}
-        ``auto`` compiles where compiled networks were measured to be faster (docs/performance.md):
-        always on JAX, never on PyTorch, and on TensorFlow only for networks of se and basic blocks.
-        On TensorFlow's CPU device, compiled rese networks train several times slower than networks
-        that are not compiled.
+        ``auto`` compiles where compiled networks are faster (docs/performance.md): always on JAX,
+        never on PyTorch, and with TensorFlow only networks of se and basic blocks on a GPU.
     block : str
         The network's building block.
     """
@@ -64,7 +62,9 @@ def choose_jit(choice: str, block: str) -> bool:
     if choice != "auto":
         return choice == "on"
     name = keras.backend.backend()
-    return name == "jax" or (name == "tensorflow" and block in ("se", "basic"))
+    if name == "tensorflow":
+        return block in ("se", "basic") and bool(device_names())
+    return name == "jax"
 
 
 def device_names() -> list[str]:

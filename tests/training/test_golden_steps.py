@@ -24,7 +24,7 @@ TOLERANCES = (1e-6, 1e-5, 1e-4, 1e-4)
 # Additional tolerances. The golden values are float32: the same steps in float64 differ from the
 # golden values by 8.8e-5 in the third loss of basic, and by 1.4e-4 in the weights and 1.3e-3 in the
 # third loss of res. A backend that rounds differently may differ by as much; XLA adds another 4e-4
-# to the third loss of res. For res, TensorFlow without XLA rounds like the published program.
+# to the third loss of res.
 ROUNDING = {"basic": (0, 0, 0, 8.8e-5), "res": (0, 1.4e-4, 0, 1.3e-3 + 6e-4)}
 
 
@@ -101,9 +101,8 @@ def differences_of(name, jit):
     return first, float(max(by_weight)), *later
 
 
-def assert_close(name, differences, rounds_alike=False):
-    rounding = (0, 0, 0, 0) if rounds_alike else ROUNDING.get(name, (0, 0, 0, 0))
-    allowed = np.add(TOLERANCES, rounding)
+def assert_close(name, differences):
+    allowed = np.add(TOLERANCES, ROUNDING.get(name, (0, 0, 0, 0)))
     print(name, *(f"{difference:.1e}" for difference in differences))  # shown by pytest -rP
     assert all(np.array(differences) <= allowed), (name, differences, allowed)
 
@@ -118,7 +117,7 @@ def assert_close(name, differences, rounds_alike=False):
 )
 def test_steps_with_tensorflow(name, jit):
     pytest.importorskip("tensorflow")
-    assert_close(name, differences_of(name, jit), rounds_alike=name == "res" and not jit)
+    assert_close(name, differences_of(name, jit))
 
 
 @pytest.mark.slow

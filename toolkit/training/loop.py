@@ -57,6 +57,10 @@ def compile_trainer(
     )
     optimizer = keras.optimizers.SGD(schedule, momentum=options.momentum, nesterov=True)
     trainer.compile(optimizer, loss="binary_crossentropy", jit_compile=jit)
+    if keras.backend.backend() == "tensorflow" and not jit:
+        from toolkit.training.tensorflow_cpu import replace_operations
+
+        replace_operations(network)
     return trainer
 
 

@@ -1,0 +1,100 @@
+"""Faster training on TensorFlow's CPU device, for networks that XLA does not compile.
+
+TensorFlow then computes every operation on its own. The replacements below compute the same with
+fewer and faster passes over memory (docs/performance.md).
+"""
+
+from functools import partial
+
+import keras
+import tensorflow as tf
+
+
+def replace_operations(network: keras.Model) -> None:
+    """Replace the convolutions, batch normalisations and maxima of a network that is trained.
+
+    The layers, their weights and their files stay the same. On GPUs and with several devices,
+    nothing is replaced.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Network of `model.build_network`.
+    """
+    if tf.config.list_physical_devices("GPU") or tf.distribute.has_strategy():
+        return
+    for operation in network.operations:
+        kind = type(operation).__name__
+        if kind == "Conv1D" and operation.padding == "same":
+            operation.call = partial(_convolve, operation)
+        elif kind == "BatchNormalization" and len(operation.input.shape) == 3:
+            operation.call = partial(_normalise, operation, operation.call)
+        elif kind == "Max":
+            operation.call = _max_frames
+
+
+# --- Convolution ---------------------------------------------------------------------------------
+
+
+def _convolve(layer: keras.layers.Conv1D, x: tf.Tensor) -> tf.Tensor:
+    return tf.nn.bias_add(_conv(x, layer.kernel.value), layer.bias.value)
+
+
+@tf.custom_gradient
+def _conv(x: tf.Tensor, kernel: tf.Tensor):
+    """Convolve; TensorFlow's own gradient of kernels takes two to three times as long."""
+
+    def gradients(dy):
+        flipped = tf.reverse(tf.transpose(kernel, (0, 2, 1)), axis=[0])
+        reach = kernel.shape[0] // 2
+        shifts = range(-reach, reach + 1)
+        return (
+            tf.nn.conv1d(dy, flipped, 1, "SAME"),
+            tf.stack([_shifted_product(x, dy, shift) for shift in shifts]),
+        )
+
+    return tf.nn.conv1d(x, kernel, 1, "SAME"), gradients
+
+
+def _shifted_product(x: tf.Tensor, y: tf.Tensor, shift: int) -> tf.Tensor:
+    """Sum x[b, n + shift] y[b, n]^T over all b and n: (B, N, C), (B, N, D) -> (C, D)."""
+    if shift < 0:
+        return tf.transpose(_shifted_product(y, x, -shift))
+    if shift == 0:
+        return _product(_rows(x), _rows(y))
+    # Shifted by whole rows, no frames are copied. Pairs of frames of two segments are subtracted.
+    across = _product(_rows(x[1:, :shift]), _rows(y[:-1, -shift:]))
+    return _product(_rows(x)[shift:], _rows(y)[:-shift]) - across
+
+
+def _product(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    return tf.matmul(x, y, transpose_a=True)
+
+
+def _rows(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, (-1, x.shape[-1]))
+
+
+# --- Batch normalisation and maximum -------------------------------------------------------------
+
+
+def _normalise(layer: keras.layers.BatchNormalization, call, x, training=None, mask=None):
+    """Normalise in training by one operation, which needs an axis more; Keras uses a dozen."""
+    if not training:
+        return call(x, training=training)
+    frames, channels = x.shape[1:]
+    y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+        tf.reshape(x, (-1, 1, frames, channels)), layer.gamma.value, layer.beta.value,
+        epsilon=layer.epsilon,
+    )  # fmt: skip
+    num_rows = tf.cast(tf.size(x) // channels, variance.dtype)
+    variance *= (num_rows - 1) / num_rows  # TensorFlow returns the unbiased variance
+    for moving, of_batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
+        moving.assign(moving * layer.momentum + of_batch * (1 - layer.momentum))
+    return tf.reshape(y, (-1, frames, channels))
+
+
+def _max_frames(x: tf.Tensor) -> tf.Tensor:
+    """Return the maxima of groups of frames: (B, N, 3, C) -> (B, N, C)."""
+    size = (1, x.shape[2])
+    return tf.squeeze(tf.nn.max_pool2d(x, size, size, "VALID"), axis=2)
