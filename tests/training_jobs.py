@@ -1,0 +1,83 @@
+"""Train on several devices and hosts, simulated by processes and devices of one CPU."""
+
+import csv
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = "import sys, train; sys.exit(train.main(sys.argv[1:]))"
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(ROOT),
+    # Cache the compiled network, which some thirty processes use.
+    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="jax-"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+OPTIONS = (
+    "--block", "se", "--init-features", "2", "--alpha", "2", "--batch-size", "4",
+    "--weight-decay", "0.001", "--num-lr-decays", "1", "--max-epochs", "2",
+)  # fmt: skip
+LONG = ("--max-epochs", "500", "--patience", "500")
+
+
+def start_training(data_dir, train_dir, *options, devices=1, program=TRAIN, **environment):
+    """Start train.py on JAX."""
+    folders = ("--data-dir", str(data_dir), "--train-dir", str(train_dir))
+    jax = {
+        "KERAS_BACKEND": "jax",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), *folders, *OPTIONS, *options],
+        env=ENVIRONMENT | jax | environment, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def start_job(*runs, **more):
+    """Start one process per run (data_dir, train_dir, *options), which train together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start_training(
+            run[0], run[1], "--distribute", *run[2:],
+            KERAS_DISTRIBUTION_JOB_ADDRESSES=f"127.0.0.1:{port}",
+            KERAS_DISTRIBUTION_NUM_PROCESSES=str(len(runs)),
+            KERAS_DISTRIBUTION_PROCESS_ID=str(process), **more,
+        )
+        for process, run in enumerate(runs)
+    ]  # fmt: skip
+
+
+def finish(*trainings):
+    """Wait until all processes have succeeded; return the messages of each."""
+    written = [training.communicate(timeout=300) for training in trainings]
+    said = [errors for _, errors in written]
+    assert [training.returncode for training in trainings] == [0] * len(trainings), said
+    assert [output for output, _ in written] == [""] * len(trainings)
+    return said
+
+
+def read_losses(train_dir):
+    with open(train_dir / "0" / "training.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [float(row[name]) for row in rows for name in ("loss", "val_loss", "val_roc_auc")]
+
+
+def wait_for_epochs(train_dir, num_epochs, job):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        exists = (train_dir / "0" / "training.csv").exists()
+        if exists and len(read_losses(train_dir)) // 3 >= num_epochs:
+            return
+        assert all(training.poll() is None for training in job)
+        time.sleep(0.1)
+    raise AssertionError(f"no {num_epochs} epochs in two minutes")
