@@ -288,16 +288,19 @@ def read_segment(
     """
     record = read_record(file, path, number, start, length)
     clip = decode_record(record, path, number, len(samples), len(labels))
+    labels[:] = clip.labels
+    end = clip.labels.tobytes() + _segment_header(samples.nbytes)
+    place = length - samples.nbytes - len(end)
+    if place > 0 and record[place : place + len(end)] == end:
+        samples[:] = np.frombuffer(record, samples.dtype, offset=place + len(end))
+        return True
     segment = clip.segments[0]
     if samples.dtype == np.int16:
         if record_encoding(record, path, number) != "int16":
             raise _damaged(path, number, "its samples are float32, those before it int16")
         segment = segment * INT16_SCALE
     samples[:] = segment
-    labels[:] = clip.labels
-    end = clip.labels.tobytes() + _segment_header(samples.nbytes)
-    place = length - samples.nbytes - len(end)
-    return place > 0 and record[place : place + len(end)] == end
+    return False
 
 
 def reread_segment(
