@@ -268,7 +268,8 @@ class SegmentReader:
             ]
             or [np.zeros((0, 4), np.int64)]
         )
-        # Result of read_segment for each segment; False until it has been read once.
+        # Result of read_segment for each segment. Segments with False are parsed when they are
+        # read: those that have not been read yet, and those of another layout or type.
         self._verified = np.zeros(len(self._records), bool)
         expected = dataset.splits[split].num_segments
         if expected is not None and self.num_segments != expected:
@@ -284,7 +285,7 @@ class SegmentReader:
 
     @cached_property
     def stored_type(self) -> type:
-        """Type of the samples: np.int16 if the first record of every shard stores int16."""
+        """np.int16 if the first record of every shard stores int16, otherwise np.float32."""
         firsts = self._records[self._records[:, 1] == 0]
         for shard, *place in firsts.tolist():
             path = self._paths[shard]

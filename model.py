@@ -71,7 +71,7 @@ def pool_relu(x, name: str):
     """Apply max pooling by 3, then ReLU: (B, N, C) -> (B, N / 3, C).
 
     The two operations commute; in this order, ReLU processes a third of the frames. Reshape and
-    maximum compute the same as a pooling layer, and their gradient is faster on every backend.
+    maximum compute the same as a pooling layer, and their gradient is faster in compiled networks.
     """
     _, frames, channels = x.shape
     x = x[:, : frames // 3 * 3] if frames % 3 else x

@@ -52,8 +52,8 @@ def choose_jit(choice: str, block: str) -> bool:
     Parameters
     ----------
     choice : {'auto', 'on', 'off'}
-        ``auto`` compiles where compiled networks are faster (docs/performance.md): always on JAX,
-        never on PyTorch, and with TensorFlow only networks of se and basic blocks on a GPU.
+        ``auto`` always compiles on JAX, never on PyTorch, and with TensorFlow only networks of se
+        and basic blocks on a GPU (docs/performance.md; no GPU was measured).
     block : str
         The network's building block.
     """

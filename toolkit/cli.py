@@ -189,8 +189,8 @@ def add_jit(group: argparse._ArgumentGroup) -> None:
         "--jit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile the network with XLA; auto compiles where this was measured to be faster "
-        "(default: auto)",
+        help="compile the network with XLA; auto compiles on JAX, and se and basic with TensorFlow "
+        "on a GPU (default: auto)",
     )
 
 

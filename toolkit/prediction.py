@@ -92,7 +92,7 @@ def load_for_dataset(
 
 
 def compile_for_prediction(network: "keras.Model | OnnxNetwork", block: str) -> None:
-    """Compile a Keras network with or without XLA, whichever was measured to be faster."""
+    """Compile a Keras network, with XLA where `backend.choose_jit` does by default."""
     if not isinstance(network, OnnxNetwork):
         network.compile(jit_compile=backend.choose_jit("auto", block))
 

@@ -38,7 +38,8 @@ def compile_trainer(
     Parameters
     ----------
     network : keras.Model
-        Network to train.
+        Network to train. With TensorFlow on a CPU, operations that train slowly are replaced in it
+        (see `toolkit.training.tensorflow_cpu`).
     options : TrainingOptions
         Learning rate, decay of the learning rate, and momentum.
     stage : int
@@ -49,9 +50,9 @@ def compile_trainer(
     import keras
 
     trainer = keras.Model(network.input, network.outputs[0], name="trainer")
-    # A layer that converts int16 would change the model's files.
+    # Not a layer, because the model's files would then contain it.
     call = trainer.call
-    trainer.call = lambda segments, **options: call(_as_float32(segments), **options)
+    trainer.call = lambda segments, **more: call(_as_float32(segments), **more)
     schedule = keras.optimizers.schedules.InverseTimeDecay(
         options.stage_lr(stage), decay_steps=1, decay_rate=ITERATION_DECAY
     )

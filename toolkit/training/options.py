@@ -62,7 +62,8 @@ class TrainingOptions:
         False, "compute in bfloat16 where bfloat16 is numerically safe", group="machine"
     )
     jit: str = option(
-        "auto", "compile the network with XLA; auto compiles where this was measured to be faster",
+        "auto", "compile the network with XLA; auto compiles on JAX, and se and basic with "
+        "TensorFlow on one GPU",
         group="machine", choices=("auto", "on", "off"),
     )  # fmt: skip
     device_cache: str = option(

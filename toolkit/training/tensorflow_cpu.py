@@ -14,7 +14,7 @@ def replace_operations(network: keras.Model) -> None:
     """Replace the convolutions, batch normalisations and maxima of a network that is trained.
 
     The layers, their weights and their files stay the same. On GPUs and with several devices,
-    nothing is replaced.
+    nothing is replaced. Convolutions with strides are not replaced.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def replace_operations(network: keras.Model) -> None:
         return
     for operation in network.operations:
         kind = type(operation).__name__
-        if kind == "Conv1D" and operation.padding == "same":
+        if kind == "Conv1D" and operation.padding == "same" and operation.strides == (1,):
             operation.call = partial(_convolve, operation)
         elif kind == "BatchNormalization" and len(operation.input.shape) == 3:
             operation.call = partial(_normalise, operation, operation.call)
@@ -87,7 +87,7 @@ def _normalise(layer: keras.layers.BatchNormalization, call, x, training=None, m
         tf.reshape(x, (-1, 1, frames, channels)), layer.gamma.value, layer.beta.value,
         epsilon=layer.epsilon,
     )  # fmt: skip
-    num_rows = tf.cast(tf.size(x) // channels, variance.dtype)
+    num_rows = tf.cast(tf.shape(x)[0] * frames, variance.dtype)
     variance *= (num_rows - 1) / num_rows  # TensorFlow returns the unbiased variance
     for moving, of_batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
         moving.assign(moving * layer.momentum + of_batch * (1 - layer.momentum))
@@ -95,6 +95,9 @@ def _normalise(layer: keras.layers.BatchNormalization, call, x, training=None, m
 
 
 def _max_frames(x: tf.Tensor) -> tf.Tensor:
-    """Return the maxima of groups of frames: (B, N, 3, C) -> (B, N, C)."""
+    """Return the maxima of groups of frames: (B, N, 3, C) -> (B, N, C).
+
+    Among equal values, one receives the gradient; with Keras's maximum, all share it.
+    """
     size = (1, x.shape[2])
     return tf.squeeze(tf.nn.max_pool2d(x, size, size, "VALID"), axis=2)
