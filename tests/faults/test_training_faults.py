@@ -36,6 +36,8 @@ class TrainingProcess:
             [sys.executable, str(ROOT / "train.py"), *options],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            # Background processes of a shell ignore SIGINT; restore the default.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         self.messages = ""
 
