@@ -35,4 +35,4 @@ def test_some_damaged_files_are_read_or_refused(what, count):
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "share"), [("checkpoints", 1), ("shards", 4)])
 def test_many_damaged_files_are_read_or_refused(what, share):
-    assert_read_or_refused(what, int(os.environ.get("FUZZ_MUTATIONS", "100")) // share)
+    assert_read_or_refused(what, int(os.environ.get("FUZZ_MUTATIONS", "200")) // share)

@@ -56,7 +56,9 @@ def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "signal_number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("victim", "signal_number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
+)
 def test_a_lost_host_ends_the_others_with_an_error_and_the_job_resumes(
     tiny_dataset, tmp_path, victim, signal_number
 ):
