@@ -183,14 +183,16 @@ def add_batch_size(group: argparse._ArgumentGroup, default: int) -> None:
     )
 
 
+JIT_HELP = "compile with XLA; auto compiles on JAX, and with TensorFlow se and basic on one GPU"
+
+
 def add_jit(group: argparse._ArgumentGroup) -> None:
     """Add ``--jit``, whether XLA compiles the network."""
     group.add_argument(
         "--jit",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile the network with XLA; auto compiles on JAX, and se and basic with TensorFlow "
-        "on a GPU (default: auto)",
+        help=f"{JIT_HELP} (default: auto)",
     )
 
 

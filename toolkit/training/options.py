@@ -61,11 +61,7 @@ class TrainingOptions:
     mixed_precision: bool = option(
         False, "compute in bfloat16 where bfloat16 is numerically safe", group="machine"
     )
-    jit: str = option(
-        "auto", "compile the network with XLA; auto compiles on JAX, and se and basic with "
-        "TensorFlow on one GPU",
-        group="machine", choices=("auto", "on", "off"),
-    )  # fmt: skip
+    jit: str = option("auto", cli.JIT_HELP, group="machine", choices=("auto", "on", "off"))
     device_cache: str = option(
         "auto", "keep the training segments in device memory (JAX only); auto keeps them if they "
         "fit into the memory of a GPU or TPU",

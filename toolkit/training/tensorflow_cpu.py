@@ -6,6 +6,8 @@ fewer and faster passes over memory (docs/performance.md).
 
 from functools import partial
 
+from toolkit.backend import device_names
+
 import keras
 import tensorflow as tf
 
@@ -21,7 +23,7 @@ def replace_operations(network: keras.Model) -> None:
     network : keras.Model
         Network of `model.build_network`.
     """
-    if tf.config.list_physical_devices("GPU") or tf.distribute.has_strategy():
+    if device_names() or tf.distribute.has_strategy():
         return
     for operation in network.operations:
         kind = type(operation).__name__
