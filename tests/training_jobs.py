@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -16,9 +15,6 @@ ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": str(ROOT),
-    # Cache the compiled network, which some thirty processes use.
-    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="jax-"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 OPTIONS = (
     "--block", "se", "--init-features", "2", "--alpha", "2", "--batch-size", "4",

@@ -26,7 +26,8 @@ def import_keras() -> None:
     """Import Keras and its backend without their log output.
 
     The environment variable KERAS_BACKEND selects the backend, or else Keras's configuration file.
-    Without either, the backend is the first installed one of TensorFlow, JAX and PyTorch.
+    Without either, the backend is the first installed one of TensorFlow, JAX and PyTorch. With
+    another backend than TensorFlow, this process can no longer import TensorFlow.
 
     Raises
     ------
@@ -42,6 +43,9 @@ def import_keras() -> None:
             f"{_BACKENDS[backend]}, or select another with KERAS_BACKEND ({', '.join(_BACKENDS)})"
         )
     os.environ["KERAS_BACKEND"] = backend
+    if backend != "tensorflow":
+        # Keras and TensorBoard would import TensorFlow for several seconds without using it.
+        sys.modules.setdefault("tensorflow", None)
     keep_freed_memory()
     import_quietly("keras")
 

@@ -4,11 +4,13 @@ import signal
 import time
 
 import build_mtt
+import train
 
 import pytest
 from conftest import write_dataset
 from training_jobs import (
     LONG,
+    OPTIONS,
     finish,
     read_losses,
     start_job,
@@ -17,39 +19,52 @@ from training_jobs import (
 )
 
 
-@pytest.mark.slow
-def test_invalid_environment_and_options_are_refused(tiny_dataset, tmp_path):
-    pytest.importorskip("jax")
-    two = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
-    for environment, options, expected in (
-        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, (), "NUM_PROCESSES=two: expected an integer"),
+TWO = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"KERAS_DISTRIBUTION_NUM_PROCESSES": "two"}, "NUM_PROCESSES=two: expected an integer"),
         (
-            two | {"KERAS_DISTRIBUTION_PROCESS_ID": "2"}, (),
-            "PROCESS_ID=2: expected 0 to 1",
-        ),
-        (
-            two | {"KERAS_DISTRIBUTION_PROCESS_ID": "0"}, (),
-            "JOB_ADDRESSES=: expected host:port of the first process",
-        ),
-        (
-            two | {"KERAS_DISTRIBUTION_PROCESS_ID": "0", "KERAS_BACKEND": "tensorflow"}, (),
-            "several hosts need KERAS_BACKEND=jax",
-        ),
-        (
-            {"KERAS_DISTRIBUTION_JOB_ADDRESSES": "node1:9331"}, (),
+            {"KERAS_DISTRIBUTION_JOB_ADDRESSES": "node1:9331"},
             "NUM_PROCESSES=: expected the number of processes that train together",
         ),
-        (two, (), "PROCESS_ID=: expected the number of this process"),
+        (TWO, "PROCESS_ID=: expected the number of this process"),
+        (TWO | {"KERAS_DISTRIBUTION_PROCESS_ID": "2"}, "PROCESS_ID=2: expected 0 to 1"),
+    ],
+)
+def test_invalid_environment_is_refused(
+    tiny_dataset, tmp_path, monkeypatch, capsys, environment, expected
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    folders = ("--data-dir", str(tiny_dataset), "--train-dir", str(tmp_path))
+    assert train.main([*folders, *OPTIONS, "--distribute"]) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_environment_and_options_that_the_backend_does_not_support_are_refused(
+    tiny_dataset, tmp_path
+):
+    pytest.importorskip("jax")
+    first = TWO | {"KERAS_DISTRIBUTION_PROCESS_ID": "0"}
+    refused = (
+        (first, (), "JOB_ADDRESSES=: expected host:port of the first process"),
+        (first | {"KERAS_BACKEND": "tensorflow"}, (), "several hosts need KERAS_BACKEND=jax"),
         ({"KERAS_BACKEND": "torch"}, (), "--distribute: needs KERAS_BACKEND=jax"),
         (
             {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, (),
             "--batch-size 4: cannot be divided evenly among 3 devices: use 3 or 6",
         ),
         ({}, ("--jit", "off"), "--jit off: --distribute with JAX needs a compiled network"),
-    ):  # fmt: skip
-        training = start_training(
-            tiny_dataset, tmp_path / "log", "--distribute", *options, **environment
-        )
+    )  # fmt: skip
+    trainings = [
+        start_training(tiny_dataset, tmp_path / "log", "--distribute", *options, **environment)
+        for environment, options, _ in refused
+    ]
+    for training, (_, _, expected) in zip(trainings, refused, strict=True):
         said = training.communicate(timeout=120)[1]
         assert training.returncode == 2, said
         assert expected in said.splitlines()[-1], said

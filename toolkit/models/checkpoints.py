@@ -147,7 +147,6 @@ def load_optimizer(path: str | Path, trainer: "keras.Model") -> None:
     CheckpointError
         The file contains the state of another optimizer or network.
     """
-    trainer.optimizer.build(trainer.trainable_variables)
     with _open_keras_weights(Path(path)) as file:
         datasets = list_arrays(file, path)
         for number, variable in enumerate(trainer.optimizer.variables):

@@ -5,7 +5,7 @@ import io
 import time
 from pathlib import Path
 
-from toolkit import backend, figures, messages
+from toolkit import figures, messages
 from toolkit.files import write_atomically
 
 HISTORY_NAME = "training.csv"
@@ -73,18 +73,16 @@ class EventLog:
     """
 
     def __init__(self, stage_dir: Path, history: list[dict]):
-        # If TensorFlow is installed, TensorBoard imports TensorFlow, which writes to stderr.
-        with backend.stderr_held():
-            from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-            written = {
-                event.step
-                for path in stage_dir.glob("events.out.tfevents.*")
-                for event in EventFileLoader(str(path)).Load()
-                if event.HasField("summary")
-            }
-            self._writer = EventFileWriter(str(stage_dir))
+        written = {
+            event.step
+            for path in stage_dir.glob("events.out.tfevents.*")
+            for event in EventFileLoader(str(path)).Load()
+            if event.HasField("summary")
+        }
+        self._writer = EventFileWriter(str(stage_dir))
         for row in history:
             if row["epoch"] not in written:
                 self.write(row)

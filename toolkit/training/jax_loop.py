@@ -65,7 +65,6 @@ class JaxTrainer:
         self._job = job or Job()
         on_cpu = jax.devices()[0].platform == "cpu"
         self.steps_per_dispatch = steps_per_dispatch or (1 if on_cpu else _STEPS_PER_DISPATCH)
-        trainer.optimizer.build(trainer.trainable_variables)
         self._cache = _read_all(segments, self._job) if device_cache else None
         self._run_batches = jax.jit(self._scan_batches, donate_argnums=0)
         self._run_cached = jax.jit(self._scan_cached, donate_argnums=0)

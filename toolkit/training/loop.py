@@ -58,6 +58,8 @@ def compile_trainer(
     )
     optimizer = keras.optimizers.SGD(schedule, momentum=options.momentum, nesterov=True)
     trainer.compile(optimizer, loss="binary_crossentropy", jit_compile=jit)
+    # TensorFlow would trace the step a second time if the first trace created these variables.
+    optimizer.build(trainer.trainable_variables)
     if keras.backend.backend() == "tensorflow" and not jit:
         from toolkit.training.tensorflow_cpu import replace_operations
 
