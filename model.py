@@ -11,6 +11,7 @@ from toolkit.errors import UsageError
 from toolkit.models.config import NetworkConfig
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 NUM_BLOCKS = 9
@@ -22,29 +23,6 @@ _BLOCK_DROPOUT = 0.2
 # --- Parts -------------------------------------------------------------------------------------
 
 
-def kernel_initializer(name: str, kernel: tuple[int, int, int]) -> keras.Initializer:
-    """Return the initializer of a convolution kernel.
-
-    The published program asks for he_uniform (kernels of width 3) and glorot_uniform (width 1).
-    However, Keras 2.0.5 computed fans over the first two axes of a kernel, which for a kernel of
-    shape (k, c_in, c_out) gives fan_in = k * c_in * c_in and fan_out = k * c_in * c_out. The
-    initial weights are therefore much smaller (Keras issue 8430). The published results depend on
-    these weights.
-
-    Parameters
-    ----------
-    name : {'published', 'he'}
-        'published' uses the fans of Keras 2.0.5, 'he' those of later versions.
-    kernel : tuple of int
-        Kernel width, input channels and output channels.
-    """
-    width, channels_in, channels_out = kernel
-    receptive_field = width * channels_in if name == "published" else width
-    fan_in, fan_out = receptive_field * channels_in, receptive_field * channels_out
-    scale = 6 / (fan_in + fan_out) if width == 1 else 6 / fan_in
-    return keras.initializers.RandomUniform(-(scale**0.5), scale**0.5)
-
-
 def batch_norm(x, name: str):
     """Apply batch normalisation; Keras computes it in float32 even with mixed precision."""
     return layers.BatchNormalization(momentum=0.99, epsilon=1e-3, name=name)(x)
@@ -52,19 +30,23 @@ def batch_norm(x, name: str):
 
 def conv_bn(x, features: int, config: NetworkConfig, name: str, width=3, strides=1, padding="same"):
     """Apply a convolution and batch normalisation: (B, N, C) -> (B, N / strides, features)."""
-    kernel = (width, x.shape[-1], features)
     x = layers.Conv1D(
         features,
         width,
         strides=strides,
         padding=padding,
-        kernel_initializer=kernel_initializer(config.initializer, kernel),
+        kernel_initializer="zeros",  # drawn by draw_kernels
         kernel_regularizer=keras.regularizers.L2(config.weight_decay)
         if config.weight_decay
         else None,
         name=name,
     )(x)
     return batch_norm(x, name=f"{name}_bn")
+
+
+def dense(x, units: int, **options):
+    """Apply a dense layer: (B, C) -> (B, units)."""
+    return layers.Dense(units, kernel_initializer="zeros", **options)(x)  # see draw_kernels
 
 
 def pool_relu(x, name: str):
@@ -84,8 +66,8 @@ def squeeze_excite(x, alpha: float, name: str):
     """Scale each channel by an excitation in (0, 1) computed from the means of all channels."""
     channels = x.shape[-1]
     squeeze = layers.GlobalAveragePooling1D(dtype="float32", name=f"{name}_squeeze")(x)  # (B, C)
-    y = layers.Dense(int(channels * alpha), activation="relu", name=f"{name}_fc")(squeeze)
-    y = layers.Dense(channels, activation="sigmoid", name=f"{name}_excitation")(y)  # (B, C)
+    y = dense(squeeze, int(channels * alpha), activation="relu", name=f"{name}_fc")
+    y = dense(y, channels, activation="sigmoid", name=f"{name}_excitation")  # (B, C)
     y = layers.Reshape((1, channels), name=f"{name}_scale")(y)  # (B, 1, C)
     return layers.Multiply(name=name)([x, y])  # (B, N, C)
 
@@ -127,16 +109,60 @@ def rese_block(x, features: int, config: NetworkConfig, name: str):
 _BUILD_BLOCK = {"se": se_block, "rese": rese_block, "res": res_block, "basic": basic_block}
 
 
+# --- Initial weights -----------------------------------------------------------------------------
+
+
+def kernel_limit(initializer: str, kernel: tuple[int, int, int]) -> float:
+    """Return the largest initial weight of a convolution's kernel; the weights are uniform.
+
+    The published program asks for he_uniform (kernels of width 3) and glorot_uniform (width 1).
+    However, Keras 2.0.5 computed fans over the first two axes of a kernel, which for a kernel of
+    shape (k, c_in, c_out) gives fan_in = k * c_in * c_in and fan_out = k * c_in * c_out. The
+    initial weights are therefore much smaller (Keras issue 8430). The published results depend on
+    these weights.
+
+    Parameters
+    ----------
+    initializer : {'published', 'he'}
+        'published' uses the fans of Keras 2.0.5, 'he' those of later versions.
+    kernel : tuple of int
+        Kernel width, input channels and output channels.
+    """
+    width, channels_in, channels_out = kernel
+    receptive_field = width * channels_in if initializer == "published" else width
+    fan_in, fan_out = receptive_field * channels_in, receptive_field * channels_out
+    return (6 / (fan_in + fan_out) if width == 1 else 6 / fan_in) ** 0.5
+
+
+def draw_kernels(network: keras.Model, initializer: str, seed: int) -> None:
+    """Draw the initial kernels of all convolutions and dense layers (glorot_uniform).
+
+    NumPy draws the same numbers for every backend, and JAX would compile a program per shape.
+    """
+    random = np.random.default_rng(seed)
+    for layer in network.layers:
+        if isinstance(layer, layers.Conv1D):
+            limit = kernel_limit(initializer, layer.kernel.shape)
+        elif isinstance(layer, layers.Dense):
+            limit = kernel_limit("he", (1, *layer.kernel.shape))
+        else:
+            continue
+        layer.kernel.assign(random.uniform(-limit, limit, layer.kernel.shape).astype("float32"))
+        layer.kernel_initializer = keras.initializers.RandomUniform(-limit, limit)
+
+
 # --- The network ---------------------------------------------------------------------------------
 
 
-def build_network(config: NetworkConfig) -> keras.Model:
+def build_network(config: NetworkConfig, seed: int = 0) -> keras.Model:
     """Build a network with initial weights.
 
     Parameters
     ----------
     config : NetworkConfig
         Hyper-parameters.
+    seed : int
+        Seed of the initial weights, which are the same on every backend.
 
     Returns
     -------
@@ -161,13 +187,16 @@ def build_network(config: NetworkConfig) -> keras.Model:
         for number in range(first, NUM_BLOCKS)
     ]
     x = layers.Concatenate(name="multi")(maxima) if config.multi else maxima[0]  # (B, 8F or 4F)
-    x = layers.Dense(x.shape[-1], name="hidden")(x)
+    x = dense(x, x.shape[-1], name="hidden")
     x = batch_norm(x, name="hidden_bn")
     x = layers.ReLU(name="hidden_relu")(x)
     x = layers.Dropout(config.dropout, name="hidden_dropout")(x)
     # With mixed precision, the output and the loss stay in float32.
-    tags = layers.Dense(config.num_tags, activation="sigmoid", dtype="float32", name="tags")(x)
-    return keras.Model(segments, tags, name=f"{config.block}{'_multi' if config.multi else ''}")
+    tags = dense(x, config.num_tags, activation="sigmoid", dtype="float32", name="tags")
+    name = f"{config.block}{'_multi' if config.multi else ''}"
+    network = keras.Model(segments, tags, name=name)
+    draw_kernels(network, config.initializer, seed)
+    return network
 
 
 def build_excitations(network: keras.Model) -> keras.Model:

@@ -128,10 +128,9 @@ def test_an_onnx_file_gives_the_predictions_of_its_network(golden, tmp_path):
 
 
 def make_untrained_model(path, dataset, seed):
-    keras.utils.set_random_seed(seed)
     config = NetworkConfig(block="basic", init_features=2, num_tags=len(dataset.tags))
     path.parent.mkdir()
-    save(path, Checkpoint(build_network(config), config, dataset.tags, dataset.sample_rate))
+    save(path, Checkpoint(build_network(config, seed), config, dataset.tags, dataset.sample_rate))
     return path
 
 

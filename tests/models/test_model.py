@@ -1,7 +1,7 @@
 """The network: its parameters, layers, initial weights and parts."""
 
 import model
-from model import build_excitations, build_network, kernel_initializer
+from model import build_excitations, build_network, kernel_limit
 from toolkit.errors import UsageError
 from toolkit.models.config import NetworkConfig
 
@@ -126,6 +126,14 @@ def test_parameters_of_normalization_and_dropout(full_size):
     assert rates == expected
 
 
+def test_initial_weights_depend_on_the_seed_and_not_on_the_backend():
+    limit = uniform_limit((3, 1, 2), published=True)
+    for seed in (3, 4):
+        kernel = build_network(small(), seed).get_layer("conv0").kernel
+        expected = np.random.default_rng(seed).uniform(-limit, limit, (3, 1, 2))
+        np.testing.assert_allclose(kernel, expected, rtol=1e-6)
+
+
 def test_he_initial_weights():
     config = NetworkConfig(block="rese", init_features=32, alpha=4, initializer="he")
     network = build_network(config)
@@ -148,7 +156,7 @@ def test_published_initializer_has_the_limits_of_published_weights(golden, block
             )
         )
     for kernel in kernels:
-        limit = kernel_initializer("published", kernel.shape).maxval
+        limit = kernel_limit("published", kernel.shape)
         assert limit == pytest.approx(uniform_limit(kernel.shape, published=True))
         assert np.abs(kernel).max() <= limit * (1 + 1e-6)
         assert np.abs(kernel).max() >= limit * (1 - 20 / kernel.size)
@@ -161,11 +169,10 @@ def test_published_initializer_has_the_limits_of_published_weights(golden, block
 
 
 @pytest.mark.parametrize("kernel", [(3, 128, 256), (1, 128, 256), (3, 1, 128)])
-def test_kernel_initializer_limits(kernel):
+def test_kernel_limits(kernel):
     for name in ("published", "he"):
-        initializer = kernel_initializer(name, kernel)
-        assert initializer.maxval == pytest.approx(uniform_limit(kernel, name == "published"))
-        assert initializer.minval == -initializer.maxval
+        limit = kernel_limit(name, kernel)
+        assert limit == pytest.approx(uniform_limit(kernel, name == "published"))
 
 
 @pytest.mark.parametrize("frames", [3, 4, 5, 27])

@@ -18,7 +18,6 @@ from training_jobs import (
     wait_for_epochs,
 )
 
-
 TWO = {"KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
 
 

@@ -29,7 +29,6 @@ PROGRAM = """
 
     # With a high learning rate, rounding differences grow tenfold from step to step.
     def trainer():
-        keras.utils.set_random_seed(1)
         config = NetworkConfig(
             "basic", num_tags=12, init_features=2, dropout=0.0, weight_decay=1e-3
         )

@@ -42,7 +42,7 @@ class NetworkConfig:
     )  # fmt: skip
     initializer: str = option(
         "published", "initial weights of the convolutions: the published program's, which are "
-        "smaller and train better, or he_uniform (see model.kernel_initializer)",
+        "smaller and train better, or he_uniform (see model.kernel_limit)",
         group="network", choices=INITIALIZERS,
     )  # fmt: skip
     dropout: float = option(

@@ -184,7 +184,7 @@ def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
     if not own.exists():
         own = checkpoints.find_best(stage_dir)
     if own is None and stage == 0:
-        network = build_network(run.config)
+        network = build_network(run.config, run.options.seed)
         dataset = run.dataset
         return StageState(), Checkpoint(network, run.config, dataset.tags, dataset.sample_rate)
     path = own or _previous_best(run, stage)
