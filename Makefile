@@ -41,13 +41,14 @@ notebook: $(VENV)/installed
 	  --ClearMetadataPreprocessor.clear_notebook_metadata=False
 
 # One process per core, but at most 4: each needs about 1 GB of memory.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 test: $(VENV)/installed
-	$(PYTEST)
+	$(PYTEST) --dist loadfile
 
+# Single tests take minutes, so a process that has finished takes tests from another.
 test-slow: $(VENV)/installed
-	$(PYTEST) -m slow
+	$(PYTEST) --dist worksteal -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Whole tracks: the same segments at any length, in bounded memory, in every stage."""
 
 import ast
+import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -253,23 +253,18 @@ def test_stop_is_a_number_of_seconds_or_none(data_dir, capsys, stop):
 
 
 def run(script, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        capture_output=True, text=True, timeout=500, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
+    assert importlib.import_module(script).main(list(map(str, arguments))) == 0
 
 
 @pytest.mark.slow
-def test_whole_tracks_go_through_every_stage(tmp_path):
+def test_whole_tracks_go_through_every_stage(tmp_path, capsys):
     import pandas as pd
 
     data_dir = write_dataset(tmp_path, seconds=(4, 6, 33, 9))
     for split in ("c", "d"):
         path = sorted((data_dir / "mp3" / split).iterdir())[0]
         path.write_bytes(encode_audio(tmp_path / "a.mp3", synthesise(10)).read_bytes() * 41)
-    run("build_mtt.py", "--data-dir", data_dir, "--stop", "none", "--num-workers", "2")
+    run("build_mtt", "--data-dir", data_dir, "--stop", "none", "--num-workers", "2")
     dataset = open_dataset(data_dir)
     found = {name: list(read_clips(split.shards)) for name, split in dataset.splits.items()}
     for name, split in dataset.splits.items():
@@ -284,14 +279,14 @@ def test_whole_tracks_go_through_every_stage(tmp_path):
     network = ["--block", "se", "--init-features", "2", "--alpha", "2"]
     length = ["--num-lr-decays", "1", "--max-epochs", "1", "--batch-size", "8"]
     log = tmp_path / "log"
-    run("train.py", "--data-dir", data_dir, "--train-dir", log, *network, *length)
+    run("train", "--data-dir", data_dir, "--train-dir", log, *network, *length)
     report = tmp_path / "report"
-    run("eval.py", log / "0", "--data-dir", data_dir, "--report", report)
+    run("eval", log / "0", "--data-dir", data_dir, "--report", report)
     num_clips = dataset.splits["test"].num_clips
     assert json.loads((report / "metrics.json").read_text())["num_clips"] == num_clips
     predictions = pd.read_csv(report / "predictions.csv", dtype={"clip_id": str})
     excitations = tmp_path / "excitations.parquet"
-    run("extract_excitations.py", log / "0", "--data-dir", data_dir, "--out", excitations)
+    run("extract_excitations", log / "0", "--data-dir", data_dir, "--out", excitations)
     table = pd.read_parquet(excitations)
     clip_ids = [clip.clip_id for clip in found["test"] if clip.part == 0]
     assert list(predictions["clip_id"]) == clip_ids
@@ -300,8 +295,9 @@ def test_whole_tracks_go_through_every_stage(tmp_path):
 
     # The prediction of a long clip is the mean over all its parts, as tag.py computes it.
     (long,) = [clip for clip in found["test"] if clip.part == 1]
-    of_file = run("tag.py", log / "0", data_dir / "mp3" / long.mp3_path, "--json")
-    tagged = json.loads(of_file.stdout)
+    capsys.readouterr()
+    run("tag", log / "0", data_dir / "mp3" / long.mp3_path, "--json")
+    tagged = json.loads(capsys.readouterr().out)
     assert tagged["segments"] == 142 + len(long.segments)
     row = predictions[predictions["clip_id"] == long.clip_id].iloc[0]
     for name, value in tagged["tags"].items():
