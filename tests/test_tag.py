@@ -33,7 +33,7 @@ TAGS = ("guitar", "slow", "naïve ♪", 'a,b"c', "$x$ $", "drums")
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     """Save a small network with random weights whose outputs depend on the audio."""
-    config = NetworkConfig(block="res", init_features=2, num_tags=len(TAGS))
+    config = NetworkConfig(block="res", init_features=4, num_tags=len(TAGS))
     network = build_network(config)
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
