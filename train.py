@@ -161,6 +161,8 @@ def _prepared(
         config, num_tags=len(dataset.tags), num_samples=dataset.num_samples
     )
     with stop_on_signals() as stop, _open_segments(dataset, options) as segments:
+        # Keras draws the seeds of new dropout layers, which must be the same on all hosts.
+        keras.utils.set_random_seed(options.seed % 2**32)
         if options.mixed_precision:
             keras.config.set_dtype_policy("mixed_bfloat16")
         with open_job(options.distribute, stop.check) as job:
