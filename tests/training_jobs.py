@@ -16,8 +16,9 @@ ENVIRONMENT = os.environ | {
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": str(ROOT),
 }
+# With a higher learning rate, rounding differences grow tenfold from step to step.
 OPTIONS = (
-    "--block", "se", "--init-features", "2", "--alpha", "2", "--batch-size", "4",
+    "--block", "se", "--init-features", "2", "--alpha", "2", "--batch-size", "4", "--lr", "0.001",
     "--weight-decay", "0.001", "--num-lr-decays", "1", "--max-epochs", "2",
 )  # fmt: skip
 LONG = ("--max-epochs", "500", "--patience", "500")
