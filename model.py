@@ -138,6 +138,15 @@ def draw_kernels(network: keras.Model, initializer: str, seed: int) -> None:
     """Draw the initial kernels of all convolutions and dense layers (glorot_uniform).
 
     NumPy draws the same numbers for every backend, and JAX would compile a program per shape.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Network whose kernels are drawn.
+    initializer : {'published', 'he'}
+        Limits of the convolutions (see `kernel_limit`).
+    seed : int
+        Seed of all kernels.
     """
     random = np.random.default_rng(seed)
     for layer in network.layers:

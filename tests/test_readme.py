@@ -1,6 +1,7 @@
 """Commands, files and links of the README and docs; and, marked slow, the commands as typed."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -215,6 +216,7 @@ def test_commands_after_the_demo_run_as_typed(tmp_path):
     programs = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("KERAS_BACKEND", None)
+    said = ""
     for block in runnable_blocks():
         if is_demo(block):
             continue
@@ -226,3 +228,18 @@ def test_commands_after_the_demo_run_as_typed(tmp_path):
         )  # fmt: skip
         error = f"README.md, line {block.line}:\n{block.text}\n{ran.stderr[-3000:]}"
         assert ran.returncode == 0, error
+        said += ran.stdout
+
+    demo = tmp_path / "demo"
+    for stage in "01":
+        assert list((demo / "log" / stage).glob("ckpt-e000-l*.keras"))
+        assert len((demo / "log" / stage / "training.csv").read_text().splitlines()) == 1 + 5
+        assert list((demo / "log" / stage).glob("events.out.tfevents.*"))
+    metrics = json.loads((demo / "report" / "metrics.json").read_text())
+    assert f"=> @ ROC AUC score: {metrics['roc_auc']:.4f}" in said
+    assert 0 < metrics["roc_auc"] < 1
+    for name in ("metrics.json", "per_tag.csv", "per_tag.png", "predictions.csv"):
+        assert (demo / "report" / name).stat().st_size
+    notebook = json.loads((demo / "excitation_analysis.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)

@@ -13,11 +13,14 @@ def test_one_device_two_devices_and_two_processes_have_equal_losses(tiny_dataset
     assert "2 devices in 1 process," in said
     cached = ("--distribute", "--device-cache", "on")
     finish(start_training(tiny_dataset, tmp_path / "cached", *cached, devices=2))
-    run = (tiny_dataset, tmp_path / "processes", "--num-lr-decays", "2")
+    run = (tiny_dataset, tmp_path / "processes")
     first, second = finish(*start_job(run, run, devices=2))
     assert "4 devices in 2 processes," in first
-    assert "stage 1: best checkpoint on test" in first
     assert second == ""  # only the first one prints messages
+    # A second stage, in the folder of a finished job.
+    second_stage = (*run, "--num-lr-decays", "2")
+    first, _ = finish(*start_job(second_stage, second_stage, devices=2))
+    assert "stage 0: already finished" in first and "stage 1: best checkpoint on test" in first
     expected = read_losses(tmp_path / "alone")
     for name in ("alone", "devices", "cached", "processes"):
         losses = read_losses(tmp_path / name)

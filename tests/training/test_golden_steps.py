@@ -110,10 +110,9 @@ def assert_close(name, differences):
 @pytest.mark.parametrize(
     ("name", "jit"),
     [
-        ("rese-l2", False),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in NAMES if name != "rese-l2"),
-        # XLA compiles these on a GPU, and the others only with --jit on.
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("se", "basic")),
+        pytest.param(name, jit, marks=[] if (name, jit) == ("rese-l2", False) else pytest.mark.slow)
+        for name in NAMES
+        for jit in (False, True)
     ],
 )
 def test_steps_with_tensorflow(name, jit):
