@@ -54,10 +54,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# One environment: the toolkit's requirements, then tests, lint and Jupyter.
+# One environment: the toolkit's requirements, then tests, lint and Jupyter. The newest pip is the
+# fastest.
 $(VENV)/installed: requirements.txt requirements/tag.txt requirements/dev.txt
 	@$(PYTHON) -B toolkit/supported_python.py
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements/dev.txt
 	touch $@
 

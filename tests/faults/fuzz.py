@@ -10,6 +10,7 @@ printed as JSON.
 """
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -245,6 +246,7 @@ def read_mutants(what: str, numbers: range, seed: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         originals, read = CASES[what](Path(folder))
+        gc.freeze()  # `clear_session` collects garbage; skip the objects of the libraries
         resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + 2 * MAX_BYTES,) * 2)
         resident = _memory("VmHWM")
         # A Python handler would not run while a C library loops, so the timer kills the process.

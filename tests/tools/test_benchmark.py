@@ -14,13 +14,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--block", "basic", "--init-features", "2", "--batch-size", "4", "--repeats", "1")
-# Python imports sitecustomize from PYTHONPATH at start-up. This version hides TensorFlow.
-WITHOUT_TENSORFLOW = """
+# Python imports sitecustomize from PYTHONPATH at start-up. This version hides TensorFlow, and
+# shortens repeats as `short_repeats` does.
+SITECUSTOMIZE = """
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 def find_others(name, *arguments):
     return None if name.split(".")[0] == "tensorflow" else find_spec(name, *arguments)
 PathFinder.find_spec = find_others
+from tools import measurements
+measurements._REPEAT_SECONDS = 0
 """
 
 
@@ -115,9 +118,10 @@ def test_all_stages_are_measured(tiny_dataset, tmp_path):
 def test_sweep_measures_every_precision_without_tensorflow(tmp_path, backend):
     pytest.importorskip(backend)
     path = tmp_path / "figures.json"
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TENSORFLOW)
+    (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     command = [sys.executable, "-m", "tools.benchmark", "sweep", "--backend", backend]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    python_path = f"{tmp_path}{os.pathsep}{ROOT}"
+    environment = os.environ | {"PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
         [*command, *SMALL, "--json", str(path)], env=environment, cwd=ROOT, check=True, timeout=500
     )

@@ -4,16 +4,19 @@ import pytest
 from training_jobs import finish, read_losses, start_job, start_training
 from training_runs import validation_loss_of
 
+SE = ("--block", "se", "--alpha", "2")
+
 
 @pytest.mark.slow
 def test_one_device_two_devices_and_two_processes_have_equal_losses(tiny_dataset, tmp_path):
     pytest.importorskip("jax")
-    finish(start_training(tiny_dataset, tmp_path / "alone"))
-    (said,) = finish(start_training(tiny_dataset, tmp_path / "devices", "--distribute", devices=2))
+    finish(start_training(tiny_dataset, tmp_path / "alone", *SE))
+    distributed = (*SE, "--distribute")
+    (said,) = finish(start_training(tiny_dataset, tmp_path / "devices", *distributed, devices=2))
     assert "2 devices in 1 process," in said
-    cached = ("--distribute", "--device-cache", "on")
+    cached = (*distributed, "--device-cache", "on")
     finish(start_training(tiny_dataset, tmp_path / "cached", *cached, devices=2))
-    run = (tiny_dataset, tmp_path / "processes")
+    run = (tiny_dataset, tmp_path / "processes", *SE)
     first, second = finish(*start_job(run, run, devices=2))
     assert "4 devices in 2 processes," in first
     assert second == ""  # only the first one prints messages
@@ -59,7 +62,7 @@ def test_two_devices_of_tensorflow_train_as_one(tiny_dataset, tmp_path):
     """
     # Dropout masks differ between devices. Compiled, one device would round differently, by up to
     # 1e-3 on some processors.
-    options = ("--dropout", "0", "--jit", "off")
+    options = (*SE, "--dropout", "0", "--jit", "off")
     for name, distribute in (("one", ()), ("two", ("--distribute",))):
         (said,) = finish(
             start_training(

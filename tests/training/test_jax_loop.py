@@ -10,6 +10,7 @@ import build_mtt
 
 import pytest
 from conftest import write_dataset
+from training_jobs import XLA_FLAGS
 
 pytest.importorskip("jax")
 
@@ -71,7 +72,10 @@ def test_loops_give_the_same_losses_and_weights(tiny_dataset, tmp_path, encoding
         build_mtt.build(data_dir, num_audios_per_shard=4, num_workers=1, encoding="int16")
     finished = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), str(data_dir)],
-        env=os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {
+            "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS,
+            "PYTHONPATH": str(ROOT),
+        },
         capture_output=True, text=True,
     )  # fmt: skip
     assert finished.stdout == f"{encoding}\n", finished.stderr[-2000:]
