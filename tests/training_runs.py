@@ -12,7 +12,7 @@ COLUMNS = [
     "epoch", "loss", "val_loss", "learning_rate", "val_roc_auc", "val_pr_auc", "seconds",
 ]  # fmt: skip
 # A network that trains about one epoch per second on `tiny_dataset`.
-SMALL = ("--block", "basic", "--init-features", "2", "--batch-size", "4", "--jit", "off")
+SMALL = ("--block", "basic", "--init-features", "2", "--batch-size", "4")
 ONE_EPOCH = ("--num-lr-decays", 1, "--max-epochs", 1)
 TWO_STAGES = ("--num-lr-decays", 2, "--max-epochs", 2, "--lr", 0.05, "--seed", 3)
 

@@ -97,6 +97,14 @@ def compile_for_prediction(network: "keras.Model | OnnxNetwork", block: str) -> 
         network.compile(jit_compile=backend.choose_jit("auto", block))
 
 
+def _is_jax(model: "keras.Model | OnnxNetwork") -> bool:
+    if isinstance(model, OnnxNetwork):
+        return False
+    import keras
+
+    return keras.backend.backend() == "jax"
+
+
 def predict_split(
     model: "keras.Model | OnnxNetwork",
     dataset: "Dataset",
@@ -161,7 +169,9 @@ def predict_clips(
         Called after each batch.
     is_repeated : bool
         Whether the model predicts again later. If not, and if all segments are less than a batch,
-        the model is called without compiling it, because compiling would take longer.
+        the model is called without compiling it, because compiling would take longer. On JAX
+        it is always compiled: otherwise JAX would compile each operation on its own, which takes
+        even longer.
 
     Yields
     ------
@@ -173,15 +183,15 @@ def predict_clips(
     pending = deque()  # clip, number of its segments so far, outputs of each segment so far
     batch = np.zeros((batch_size, model.input_shape[1]), np.float32)
     owners = []  # the pending clip of each row of the batch
-    is_first = True
+    is_compiled = is_repeated or _is_jax(model)
 
     def flush() -> None:
-        nonlocal is_first
-        if is_first and not is_repeated and len(owners) < batch_size:
-            outputs = model(batch[: len(owners)], training=False)
-        else:
+        nonlocal is_compiled
+        if is_compiled or len(owners) == batch_size:
             outputs = model.predict_on_batch(batch)
-        is_first = False
+        else:
+            outputs = model(batch[: len(owners)], training=False)
+        is_compiled = True
         outputs = [outputs] if not isinstance(outputs, list | tuple) else outputs
         for row, owner in enumerate(owners):
             owner[2].append([np.asarray(output[row], np.float32) for output in outputs])
