@@ -54,8 +54,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# One environment: the toolkit's requirements, then tests, lint and Jupyter. The newest pip is the
-# fastest.
+# One environment: the toolkit's requirements, then tests, lint and Jupyter. --upgrade-deps
+# installs the newest pip, which installs packages faster than that of Python 3.11.
 $(VENV)/installed: requirements.txt requirements/tag.txt requirements/dev.txt
 	@$(PYTHON) -B toolkit/supported_python.py
 	$(PYTHON) -m venv --upgrade-deps $(VENV)

@@ -97,14 +97,6 @@ def compile_for_prediction(network: "keras.Model | OnnxNetwork", block: str) -> 
         network.compile(jit_compile=backend.choose_jit("auto", block))
 
 
-def _is_jax(model: "keras.Model | OnnxNetwork") -> bool:
-    if isinstance(model, OnnxNetwork):
-        return False
-    import keras
-
-    return keras.backend.backend() == "jax"
-
-
 def predict_split(
     model: "keras.Model | OnnxNetwork",
     dataset: "Dataset",
@@ -169,9 +161,9 @@ def predict_clips(
         Called after each batch.
     is_repeated : bool
         Whether the model predicts again later. If not, and if all segments are less than a batch,
-        the model is called without compiling it, because compiling would take longer. On JAX
-        it is always compiled: otherwise JAX would compile each operation on its own, which takes
-        even longer.
+        the model is called without compiling it, because compiling would take longer. On JAX it is
+        always compiled: JAX would otherwise compile each operation on its own, which takes even
+        longer.
 
     Yields
     ------
@@ -213,6 +205,14 @@ def predict_clips(
     if owners:
         flush()
     yield from _predicted(pending)
+
+
+def _is_jax(model: "keras.Model | OnnxNetwork") -> bool:
+    if isinstance(model, OnnxNetwork):
+        return False
+    import keras
+
+    return keras.backend.backend() == "jax"
 
 
 def _predicted(pending: deque) -> Iterator[tuple[Clip, list[np.ndarray]]]:
