@@ -70,12 +70,8 @@ def test_loops_give_the_same_losses_and_weights(tiny_dataset, tmp_path, encoding
     if encoding == "int16":
         data_dir = write_dataset(tmp_path / "data", num_clips=20)
         build_mtt.build(data_dir, num_audios_per_shard=4, num_workers=1, encoding="int16")
-    finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(data_dir)],
-        env=os.environ | {
-            "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS,
-            "PYTHONPATH": str(ROOT),
-        },
-        capture_output=True, text=True,
-    )  # fmt: skip
+    jax_on_cpu = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(data_dir)]
+    environment = os.environ | jax_on_cpu | {"PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.stdout == f"{encoding}\n", finished.stderr[-2000:]

@@ -18,9 +18,12 @@ import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Share of the device's free memory that segments may use; the rest is for the network.
+# Share of the device's free memory that segments may use. The rest is for the network, whose
+# activations grow with the batch size.
 _CACHE_SHARE = 0.6
-_CACHE_CHUNK = 256  # segments copied to the device at a time
+_CACHE_CHUNK = 256  # segments copied to the device at a time: 60 MB of float32
+# A GPU may finish a step before Python prepares the next call. More steps per call need more
+# memory: 16 batches of 256 segments are 1 GB.
 _STEPS_PER_DISPATCH = 16
 
 
@@ -111,24 +114,18 @@ class JaxTrainer:
 
     def state(self) -> tuple[list, list, list]:
         """Return the values of the trainable, non-trainable and optimizer variables."""
-        trainer = self._trainer
-        return (
-            [variable.value for variable in trainer.trainable_variables],
-            [variable.value for variable in trainer.non_trainable_variables],
-            [variable.value for variable in trainer.optimizer.variables],
-        )
+        return tuple([variable.value for variable in group] for group in self._variables())
 
     def set_state(self, state: tuple[list, list, list]) -> None:
         """Assign the values that `state` returned, or `run` updated, to the variables."""
-        trainer = self._trainer
-        owners = (
-            trainer.trainable_variables,
-            trainer.non_trainable_variables,
-            trainer.optimizer.variables,
-        )
-        for variables, values in zip(owners, state, strict=True):
+        for variables, values in zip(self._variables(), state, strict=True):
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
+
+    def _variables(self) -> tuple[list, list, list]:
+        trainer = self._trainer
+        groups = trainer.trainable_variables, trainer.non_trainable_variables
+        return *groups, trainer.optimizer.variables
 
     def run(self, state: tuple, *inputs) -> tuple[tuple, jax.Array]:
         """Run the steps of one dispatch.

@@ -90,19 +90,19 @@ def make_epoch(run: Run, stage: int, trainer: "keras.Model") -> Callable[[int], 
     def train_epoch(epoch: int) -> float:
         _seed_dropout(trainer, options.seed, stage, epoch)
         order = shuffled_order(segments.num_segments, options.seed, stage, epoch)
+        num_steps, hidden = len(order) // options.batch_size, not run.job.is_first
         with messages.progress(
-            total=len(order) // options.batch_size, desc=f"epoch {epoch}", unit="step",
-            leave=False, disable=not run.job.is_first,
-        ) as bar:  # fmt: skip
+            total=num_steps, desc=f"epoch {epoch}", unit="step", leave=False, disable=hidden
+        ) as bar:
 
-            def after_steps(num_steps: int, loss: float) -> None:
+            def after_steps(num_done: int, loss: float) -> None:
                 run.stop.check()
                 if not math.isfinite(loss):
                     raise TrainingError(
-                        f"the loss is {loss} at step {num_steps - 1} of epoch {epoch}: a lower "
+                        f"the loss is {loss} at step {num_done - 1} of epoch {epoch}: a lower "
                         "--lr may help; the best checkpoint is kept"
                     )
-                bar.update(num_steps - bar.n)
+                bar.update(num_done - bar.n)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
             return loop(order, after_steps)

@@ -64,7 +64,8 @@ def _shifted_product(x: tf.Tensor, y: tf.Tensor, shift: int) -> tf.Tensor:
         return tf.transpose(_shifted_product(y, x, -shift))
     if shift == 0:
         return _product(_rows(x), _rows(y))
-    # Shifted by whole rows, no frames are copied. Pairs of frames of two segments are subtracted.
+    # A shift of the flattened frames is a slice of rows, which needs no copy. Such a slice also
+    # pairs frames of neighbouring segments; the products of these pairs are subtracted.
     across = _product(_rows(x[1:, :shift]), _rows(y[:-1, -shift:]))
     return _product(_rows(x)[shift:], _rows(y)[:-shift]) - across
 
@@ -81,14 +82,13 @@ def _rows(x: tf.Tensor) -> tf.Tensor:
 
 
 def _normalise(layer: keras.layers.BatchNormalization, call, x, training=None, mask=None):
-    """Normalise in training by one operation, which needs an axis more; Keras uses a dozen."""
+    """Normalise in training by TensorFlow's fused operation; Keras uses a dozen operations."""
     if not training:
         return call(x, training=training)
     frames, channels = x.shape[1:]
-    y, mean, variance = tf.compat.v1.nn.fused_batch_norm(
-        tf.reshape(x, (-1, 1, frames, channels)), layer.gamma.value, layer.beta.value,
-        epsilon=layer.epsilon,
-    )  # fmt: skip
+    images = tf.reshape(x, (-1, 1, frames, channels))  # the fused operation needs 4-D input
+    gamma, beta, epsilon = layer.gamma.value, layer.beta.value, layer.epsilon
+    y, mean, variance = tf.compat.v1.nn.fused_batch_norm(images, gamma, beta, epsilon=epsilon)
     num_rows = tf.cast(tf.shape(x)[0] * frames, variance.dtype)
     variance *= (num_rows - 1) / num_rows  # TensorFlow returns the unbiased variance
     for moving, of_batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
