@@ -26,14 +26,9 @@ from toolkit.data.annotations import (
     ANNOTATIONS_NAME,
     AUDIO_FOLDER,
     CLIP_ID,
-    MP3_PATH,
     NUM_TAGS,
     assign_shards,
-    check_links,
-    hash_tables,
     missing_dataset_message,
-    read_mtt,
-    with_suffix,
 )
 from toolkit.data.audio import (
     CLIP_SECONDS,
@@ -42,11 +37,13 @@ from toolkit.data.audio import (
     SAMPLES_PER_SEGMENT,
     import_madmom,
 )
+from toolkit.data.clip import ClipTable
 from toolkit.data.manifest import (
     SHARD_FOLDER,
     as_typed,
     check_options,
     gather,
+    hash_tables,
     remove_progress,
     start_progress,
     write_manifest,
@@ -65,68 +62,70 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of build_mtt.py, except for the form of tables (`tables.TableForm`)."""
+    """Options of build_mtt.py, except for the format of tables (`tables.TableForm`)."""
 
+    # fmt: off
     data_dir: str = option(
         "./dataset", f"folder of the dataset: {ANNOTATIONS_NAME} and {AUDIO_FOLDER}/ are read from "
         f"this folder unless other options name them, and {SHARD_FOLDER}/ is written to it",
         group="data", metavar="PATH",
-    )  # fmt: skip
+    )
     num_tags: int = option(
         NUM_TAGS, "number of most frequent tags to keep; all if there are fewer",
         group="data", type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+    )
     max_skipped: float = option(
         5.0, "maximum percentage of skipped clips; if more are skipped, all shards are built but "
         "the exit status is 1",
         group="data", type=cli.percentage, metavar="PERCENT",
-    )  # fmt: skip
+    )
     sample_rate: int = option(
         SAMPLE_RATE, "rate to resample to", group="shards", type=cli.positive_int, metavar="HZ"
     )
     num_samples: int = option(
         SAMPLES_PER_SEGMENT, "samples per segment",
         group="shards", type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+    )
     stop: float | None = option(
-        CLIP_SECONDS, "use only the start of each audio file; none for whole tracks",
+        CLIP_SECONDS, "seconds to read from each file, or none for whole files",
         group="shards", type=cli.seconds_or_none, metavar="SECONDS",
-    )  # fmt: skip
+    )
     num_audios_per_shard: int = option(
         100, "clips per shard", group="shards", type=cli.positive_int, metavar="N"
     )
     encoding: str = option(
-        "float32", "type of the stored samples; int16 halves the size, rounds to 2^-16 of full "
+        "float32", "type of the stored samples; int16 halves the size, rounds to 2^-15 of full "
         "scale, and cannot be read by the published program",
         group="shards", choices=ENCODINGS,
-    )  # fmt: skip
+    )
     num_workers: int | None = option(
         None, "processes that decode audio", shown="one per core",
         group="machine", type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+    )
     scheduler: str | None = option(
         None, "address of the scheduler of a Dask cluster whose workers build the shards",
         shown="processes of this machine", group="machine", metavar="ADDRESS",
-    )  # fmt: skip
+    )
     decoder: str = option(
-        "av", "decoding library; the samples are the same, but madmom loads whole files into "
-        "memory",
+        "av", "decoding library; madmom gives the same samples of undamaged MP3s, but loads whole "
+        "files into memory",
         group="machine", choices=DECODERS,
-    )  # fmt: skip
+    )
     annotations: tuple[str, ...] = option(
         (), "CSV or TSV tables with the same columns and one row per clip; several tables may be "
         "named after their splits, as in x-train.tsv x-validation.tsv x-test.tsv",
         shown=f"{ANNOTATIONS_NAME} in --data-dir",
         group="your own data", nargs="+", metavar="FILE",
-    )  # fmt: skip
+    )
     audio_dir: str | None = option(
         None, "folder to which paths in the tables are relative",
         shown=f"{AUDIO_FOLDER}/ in --data-dir", group="your own data", metavar="PATH",
-    )  # fmt: skip
+    )
     audio_suffix: str | None = option(
         None, "file name extension that replaces those in the tables, such as .low.mp3",
         shown="as in the tables", group="your own data", metavar="SUFFIX",
-    )  # fmt: skip
+    )
+    # fmt: on
     form: TableForm = TableForm()  # noqa: RUF009  # its options are declared in its own class
 
     @property
@@ -206,23 +205,25 @@ def build(data_dir: str | Path, **options) -> dict:
         options = dataclasses.replace(
             options, data_dir=Path(data_dir).absolute(), audio_dir=absolute
         )
-    clips, tags = _read_annotations(options)
-    clips = assign_shards(clips, options.num_audios_per_shard)
-    recorded = options.recorded()
+    clips = _read_annotations(options)
+    clips.shards = assign_shards(clips.splits, options.num_audios_per_shard)
+    recorded = options.recorded() | {"tags": list(clips.tags), "clips_sha256": clips.sha256()}
 
     folder = Path(options.data_dir) / SHARD_FOLDER
+    # MagnaTagATune's folder exists, since it contains the table. Your own may be new.
     folder.mkdir(exist_ok=True, parents=bool(options.annotations))
     with only_run(folder, "build", BuildError):
-        check_options(folder, recorded, _UNRECORDED, options.tables)
+        # Check everything before the first write: a refused build leaves the folder as it was.
+        must_compare = check_options(folder, recorded, _UNRECORDED, options.tables)
         remove_leftovers(folder)
+        tasks = plan_shards(clips, folder, options.audio_folder, recorded)
+        done = finished_shards(folder, tasks, must_compare)
         start_progress(folder, recorded)
-        tasks = plan_shards(clips, tags, folder, options.audio_folder, recorded)
-        done = finished_shards(folder, tasks)
         try:
             _make_shards(tasks, done, options)
         finally:
             remove_leftovers(folder)  # of workers that were killed
-        manifest = gather(tasks, done, tags, recorded)
+        manifest = gather(tasks, done, recorded)
         write_manifest(folder, manifest)
         remove_progress(folder)
     return manifest
@@ -259,26 +260,22 @@ def _check_input(options: BuildOptions) -> None:
         import_madmom()  # report an error here rather than in a worker
 
 
-def _read_annotations(options: BuildOptions):
-    """Read the tables: a DataFrame of clips and the tags in model order."""
-    if not options.annotations and options.form == TableForm():
-        clips, tags = read_mtt(options.tables[0], options.num_tags)
-    else:
-        clips, tags, notes = read_tables(options.tables, options.num_tags, options.form)
-        for note in notes:
-            messages.say(note)
-    names = list(clips[MP3_PATH])
+def _read_annotations(options: BuildOptions) -> ClipTable:
+    """Read the tables and check the paths of the clips."""
+    clips, notes = read_tables(options.tables, options.num_tags, options.form)
+    for note in notes if options.annotations else []:
+        messages.say(note)
     if options.audio_suffix is not None:
-        clips[MP3_PATH] = with_suffix(clips[MP3_PATH], options.audio_suffix)
+        clips.replace_suffixes(options.audio_suffix)
     folder = options.audio_folder
     # os.path.isfile returns False for invalid paths and for paths without read permission.
-    if not any(os.path.isfile(folder / mp3_path) for mp3_path in clips[MP3_PATH]):
+    if not any(os.path.isfile(folder / path) for path in clips.paths):
         raise BuildError(
-            f"{folder}: contains none of the {len(clips)} clips: expected files such as "
-            f"{folder / clips[MP3_PATH].iloc[0]}"
+            f"{folder}: contains none of the {len(clips.paths)} clips: expected files such as "
+            f"{folder / clips.paths[0]}"
         )
-    check_links(clips[MP3_PATH], names, folder, options.tables)
-    return clips, tags
+    clips.check_links(folder)
+    return clips
 
 
 # --- Workers -------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from toolkit.data.annotations import (
     MTT_TOP_TAGS,
     SPLITS,
     missing_dataset_message,
-    read_mtt,
 )
 from toolkit.data.audio import SAMPLE_RATE, segments_per_part
 from toolkit.data.clip import Clip
@@ -36,6 +35,7 @@ from toolkit.data.records import (
     record_encoding,
     reread_segment,
 )
+from toolkit.data.tables import read_tables
 from toolkit.errors import AnnotationsError, ShardError
 from toolkit.files import allow_open_files
 
@@ -165,7 +165,7 @@ def _dataset_from_headers(data_dir: Path, shards: dict) -> Dataset:
 def _tags_of_annotations(data_dir: Path, num_tags: int) -> tuple[str, ...]:
     annotations_path = data_dir / ANNOTATIONS_NAME
     if annotations_path.exists():
-        return read_mtt(annotations_path, num_tags)[1]
+        return read_tables([annotations_path], num_tags)[0].tags
     if num_tags == len(MTT_TOP_TAGS):
         return MTT_TOP_TAGS
     raise AnnotationsError(

@@ -57,10 +57,13 @@ def start(data_dir, *options):
     """Start a build in a new session, so that all of its processes can be killed."""
     return subprocess.Popen(
         command(data_dir, *options),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         # Background processes of a shell ignore SIGINT; restore the default.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def refusal(capsys, data_dir, *options, status=1):

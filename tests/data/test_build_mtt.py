@@ -46,8 +46,10 @@ def test_manifest_describes_the_shards(finished):
     assert manifest["options"]["decoder"] == "av"
     splits = manifest["splits"]
     assert {name: split["clips"] for name, split in splits.items()} == {
-        "train": 11, "val": 5, "test": 5,
-    }  # fmt: skip
+        "train": 11,
+        "val": 5,
+        "test": 5,
+    }
     assert {shard["name"] for split in splits.values() for shard in split["shards"]} == SHARDS
     for split in splits.values():
         for count in ("clips", "segments"):
@@ -156,12 +158,15 @@ def broken_files(folder):
         "silent": (wav(np.zeros((9600, 1), np.int16), 8000), 2),
         "one sample": (wav(np.ones((1, 1), np.int16), 8000), "1 samples are less than one segment"),
         "three hours": (hours, 58),  # of the first 29 s
-    }  # fmt: skip
+    }
 
 
 def test_every_kind_of_broken_file_is_decoded_or_skipped_with_its_reason(data_dir, tmp_path):
-    clips = [f"{folder}/{path.name}" for folder in "0123456789ab"
-             for path in (data_dir / "mp3" / folder).iterdir()]  # fmt: skip
+    clips = [
+        f"{folder}/{path.name}"
+        for folder in "0123456789ab"
+        for path in (data_dir / "mp3" / folder).iterdir()
+    ]
     kinds = broken_files(tmp_path)
     of_clip = dict(zip(clips, kinds, strict=True))
     for clip, kind in of_clip.items():
@@ -341,6 +346,49 @@ def test_changed_annotations_are_refused(capsys, finished, data_dir):
     assert "annotations_final.csv has changed since" in refusal(capsys, data_dir)
 
 
+def forget_reading(folder):
+    """Make a manifest that of an earlier version, which did not record how tables were read."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["options"]["clips_sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+@pytest.mark.parametrize("change", ["label", "split", "tag"])
+def test_table_that_is_read_differently_is_refused(
+    capsys, monkeypatch, finished, data_dir, change, is_recorded
+):
+    read_tables = build_mtt.read_tables
+
+    def read_differently(*given):
+        clips, notes = read_tables(*given)
+        if change == "label":
+            clips.labels[5, 0] = 1 - clips.labels[5, 0]
+        elif change == "split":
+            clips.splits[5] = "val"
+        else:
+            clips.tags = ("other", *clips.tags[1:])
+        return clips, notes
+
+    folder = shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
+    if not is_recorded:
+        forget_reading(folder)
+    before = contents(data_dir)
+    monkeypatch.setattr(build_mtt, "read_tables", read_differently)
+    line = refusal(capsys, data_dir)
+    assert "this version of the toolkit reads " in line
+    assert "use the other version, or delete this folder to build from scratch" in line
+    assert contents(data_dir) == before
+
+
+def test_build_of_an_earlier_version_is_resumed(finished, data_dir):
+    folder = shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
+    forget_reading(folder)
+    (folder / "val-0001-of-0003.tfrecord").unlink()
+    assert build(data_dir) == 0
+    assert contents(data_dir) == contents(finished[0])
+
+
 def test_second_build_in_the_same_folder_is_refused(capsys, data_dir):
     (data_dir / "tfrecord").mkdir()
     with open(data_dir / "tfrecord" / ".lock", "w") as lock:
@@ -403,9 +451,16 @@ def test_broken_annotations_are_refused(capsys, data_dir):
 
 @pytest.mark.parametrize(
     "options",
-    [["--num-samples", "0"], ["--sample-rate", "x"], ["--num-workers", "0"], ["--decoder", "sox"],
-     ["--num-audios-per-shard", "-1"], ["--unknown"], ["stray"]],
-)  # fmt: skip
+    [
+        ["--num-samples", "0"],
+        ["--sample-rate", "x"],
+        ["--num-workers", "0"],
+        ["--decoder", "sox"],
+        ["--num-audios-per-shard", "-1"],
+        ["--unknown"],
+        ["stray"],
+    ],
+)
 def test_bad_options_are_usage_errors(capsys, data_dir, options):
     with pytest.raises(SystemExit) as caught:
         build_mtt.main(["--data-dir", str(data_dir), *options])

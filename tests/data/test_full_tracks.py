@@ -42,9 +42,12 @@ def clips(tmp_path_factory):
 def task_of(path, audio_dir, names, split, **options):
     members = [(str(number), name, bytes([number % 2, 1])) for number, name in enumerate(names)]
     options = {
-        "sample_rate": 8000, "num_samples": 4000, "stop": None, "decoder": "av",
+        "sample_rate": 8000,
+        "num_samples": 4000,
+        "stop": None,
+        "decoder": "av",
         "encoding": "float32",
-    } | options  # fmt: skip
+    } | options
     return ShardTask(path=path, split=split, audio_dir=audio_dir, clips=members, **options)
 
 
@@ -143,12 +146,14 @@ class Levels:
 
 def test_notebook_measures_the_level_of_a_long_clip_over_its_parts(tmp_path, clips, monkeypatch):
     cells = json.loads((ROOT / "excitation_analysis.ipynb").read_text())["cells"]
-    (source,) = ["".join(cell["source"]) for cell in cells if "def measure_levels" in
-                 "".join(cell["source"])]  # fmt: skip
+    (source,) = [
+        "".join(cell["source"]) for cell in cells if "def measure_levels" in "".join(cell["source"])
+    ]
     (function,) = [
-        statement for statement in ast.parse(source).body
+        statement
+        for statement in ast.parse(source).body
         if getattr(statement, "name", None) == "measure_levels"
-    ]  # fmt: skip
+    ]
     names = ["sound.mp3", "long.mp3", "sound.mp3"]
     monkeypatch.setattr(audio, "PART_SAMPLES", 30_000)
     path = tmp_path / "tfrecord" / shard_name("test", 0, 1)
@@ -195,8 +200,11 @@ def test_stop_is_29_s_by_default(data_dir, capsys):
     manifest_path = data_dir / "tfrecord" / "manifest.json"
     manifest = read_manifest(manifest_path)
     assert manifest["options"]["stop"] == 29
-    lengths = {len(clip.segments) for split in open_dataset(data_dir).splits.values()
-               for clip in read_clips(split.shards)}  # fmt: skip
+    lengths = {
+        len(clip.segments)
+        for split in open_dataset(data_dir).splits.values()
+        for clip in read_clips(split.shards)
+    }
     assert max(lengths) == 58
     expected = contents(data_dir)
 
@@ -358,8 +366,10 @@ def measure(what, path, split="none", shard="none"):
     """Return the number of segments that a process handled, and the MiB of memory it added."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_MEASURED), ROOT, what, path, split, shard],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return tuple(map(int, done.stdout.split()))
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import build_mtt
 from input_data import open_dataset, read_clips
-from toolkit.data.annotations import MTT_TOP_TAGS, SPLIT_SHARES, SPLITS, draw_splits, read_mtt
+from toolkit.data.annotations import MTT_TOP_TAGS, SPLIT_SHARES, SPLITS, draw_splits
 from toolkit.data.tables import TableForm, read_tables
-from toolkit.errors import AnnotationsError, ToolkitError, UsageError
+from toolkit.errors import AnnotationsError, BuildError, ToolkitError, UsageError
 
 import numpy as np
-import pandas as pd
 import pytest
 from conftest import encode_audio, synthesise, write_annotations
 from hypothesis import given
@@ -163,15 +162,13 @@ def test_audio_suffix_replaces_the_extension(songs, tmp_path, capsys):
 
 def test_table_of_magnatagatune_is_recognised(golden):
     path = golden / "annotations" / "small.csv"
-    clips, tags, found = read_tables([path])
-    expected, expected_tags = read_mtt(path)
-    pd.testing.assert_frame_equal(clips, expected)
-    assert tags == expected_tags == MTT_TOP_TAGS
-    assert found == [f"{path}: read as MagnaTagATune's table"]
+    clips, notes = read_tables([path])
+    assert "the split is that of MagnaTagATune's folders" in notes[0]
     # With another split, the tags and their order are the same.
-    clips, tags, _ = read_tables([path], form=TableForm(split_by="folder"))
-    assert tags == MTT_TOP_TAGS
-    pd.testing.assert_frame_equal(clips.drop(columns="split"), expected.drop(columns="split"))
+    other, _ = read_tables([path], form=TableForm(split_by="folder"))
+    assert other.splits != clips.splits
+    assert other.tags == clips.tags == MTT_TOP_TAGS
+    assert np.array_equal(other.labels, clips.labels)
 
 
 # --- Variants of a table -------------------------------------------------------------------------
@@ -180,32 +177,30 @@ HEADER = "path,split,rock,slow\n"
 ROWS = "a.mp3,train,1,0\nb.mp3,val,1,1\nc.mp3,test,0,1\n"
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "\ufeff" + HEADER + ROWS,
-        (HEADER + ROWS).replace("\n", "\r\n"),
-        (HEADER + ROWS).replace(",", "\t"),
-        (HEADER + ROWS).replace(",", ";"),
-        (HEADER + ROWS).rstrip("\n") + "\n\n",
-        "path,split,tags\na.mp3,train,rock\nb.mp3,validation,rock,slow\nc.mp3,test,slow\n",
-        'path,split,Tags\na.mp3,train,rock\nb.mp3,val,"slow, rock, "\nc.mp3,test,slow\n',
-        "split,filename,rock,slow,plays\ntrain,a.mp3,1,0,7\nval,b.mp3,1,1,9\ntest,c.mp3,0,1,1\n",
-        ",PATH,Split,rock,slow,never\n0,a.mp3,train,1,0,0\n1,b.mp3,val,1,1,0\n2,c.mp3,test,0,1,0\n",
-    ],
-    ids=["byte order mark", "CRLF", "tabs", "semicolons", "blank line", "spread", "list",
-         "another order", "index column"],
-)  # fmt: skip
+VARIANTS = {
+    "byte order mark": "\ufeff" + HEADER + ROWS,
+    "CRLF": (HEADER + ROWS).replace("\n", "\r\n"),
+    "tabs": (HEADER + ROWS).replace(",", "\t"),
+    "semicolons": (HEADER + ROWS).replace(",", ";"),
+    "blank line": (HEADER + ROWS).rstrip("\n") + "\n\n",
+    "spread": "path,split,tags\na.mp3,train,rock\nb.mp3,validation,rock,slow\nc.mp3,test,slow\n",
+    "list": 'path,split,Tags\na.mp3,train,rock\nb.mp3,val,"slow, rock, "\nc.mp3,test,slow\n',
+    "another order": "split,filename,rock,slow,plays\n"
+    "train,a.mp3,1,0,7\nval,b.mp3,1,1,9\ntest,c.mp3,0,1,1\n",
+    "index column": ",PATH,Split,rock,slow,never\n"
+    "0,a.mp3,train,1,0,0\n1,b.mp3,val,1,1,0\n2,c.mp3,test,0,1,0\n",
+}
+
+
+@pytest.mark.parametrize("content", VARIANTS.values(), ids=VARIANTS)
 def test_variants_of_a_table_are_read_alike(tmp_path, content):
     path = tmp_path / "t.csv"
     path.write_bytes(content.encode())
-    clips, tags, _ = read_tables([path])
-    assert tags == ("rock", "slow")
-    assert clips.to_numpy().tolist() == [
-        [1, 0, "a.mp3", "a.mp3", "train"],
-        [1, 1, "b.mp3", "b.mp3", "val"],
-        [0, 1, "c.mp3", "c.mp3", "test"],
-    ]
+    clips, _ = read_tables([path])
+    assert clips.tags == ("rock", "slow")
+    assert clips.labels.tolist() == [[1, 0], [1, 1], [0, 1]]
+    assert clips.paths == clips.clip_ids == ["a.mp3", "b.mp3", "c.mp3"]
+    assert clips.splits == ["train", "val", "test"]
 
 
 def test_clips_without_a_kept_tag_are_left_out_with_a_note(tmp_path):
@@ -213,21 +208,28 @@ def test_clips_without_a_kept_tag_are_left_out_with_a_note(tmp_path):
         tmp_path / "t.csv", "path,split,tags", "a,train,x|y", "b,train,", "c,val,x", "d,test,z"
     )
     form = TableForm(tags_delimiter="|", tags_column="tags")
-    clips, tags, found = read_tables([path], num_tags=1, form=form)
-    assert tags == ("x",)
-    assert clips["mp3_path"].tolist() == ["a", "c"]
+    clips, found = read_tables([path], num_tags=1, form=form)
+    assert clips.tags == ("x",)
+    assert clips.paths == ["a", "c"]
     assert any(
         "2 of 4 clips carry one or more of the 1 most frequent of 3 tags" in s for s in found
     )
-    _, tags, found = read_tables([path], form=form)
-    assert tags == ("y", "z", "x")
+    clips, found = read_tables([path], form=form)
+    assert clips.tags == ("y", "z", "x")
     assert "tags without training clips: z" in found
 
 
 def test_clip_ids_are_kept(tmp_path):
     path = write(tmp_path / "t.csv", "clip_id,path,split,x", "007,a,train,1", "NA,b,val,1")
-    clips, _, _ = read_tables([path])
-    assert clips["clip_id"].tolist() == ["007", "NA"]
+    clips, _ = read_tables([path])
+    assert clips.clip_ids == ["007", "NA"]
+
+
+def test_tags_may_have_the_names_of_columns_of_the_clips(tmp_path):
+    path = write(tmp_path / "t.csv", "path,split,tags", 'a,train,"split,shard"', "b,val,path")
+    clips, _ = read_tables([path])
+    assert clips.tags == ("path", "shard", "split")
+    assert clips.labels.tolist() == [[0, 1, 1], [1, 0, 0]]
 
 
 # --- Splits --------------------------------------------------------------------------------------
@@ -269,14 +271,12 @@ def test_split_does_not_depend_on_the_number_of_tags(tmp_path, seed):
     rows = [f"{number},artist {number % 9},x{number % 4},{number}.mp3" for number in range(40)]
     path = write(tmp_path / "t.csv", "n,artist,tags,path", *rows)
     form = TableForm(split_by="artist", split_seed=seed)
-    all_clips, _, _ = read_tables([path], form=form)
-    few, _, _ = read_tables([path], num_tags=1, form=form)
-    expected = all_clips.set_index("mp3_path")["split"]
-    assert few["split"].tolist() == expected[few["mp3_path"]].tolist()
-    assert (
-        all_clips.assign(artist=lambda t: t.index % 9).groupby("artist")["split"].nunique().max()
-        == 1
-    )
+    all_clips, _ = read_tables([path], form=form)
+    few, _ = read_tables([path], num_tags=1, form=form)
+    expected = dict(zip(all_clips.paths, all_clips.splits, strict=True))
+    assert few.splits == [expected[path] for path in few.paths]
+    artists = {(number % 9, split) for number, split in enumerate(all_clips.splits)}
+    assert len(artists) == 9
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -286,15 +286,15 @@ def test_every_split_has_clips_if_few_groups_carry_a_tag(tmp_path, seed):
         for number in range(40)
     ]
     path = write(tmp_path / "t.csv", "artist,tags,path", *rows)
-    clips, _, found = read_tables([path], form=TableForm(split_by="artist", split_seed=seed))
-    assert len(clips) == 16
-    assert set(clips["split"]) == set(SPLITS)
+    clips, found = read_tables([path], form=TableForm(split_by="artist", split_seed=seed))
+    assert len(clips.paths) == 16
+    assert set(clips.splits) == set(SPLITS)
     assert not any("splits without clips" in sentence for sentence in found)
 
 
 def test_splits_without_clips_are_noted(tmp_path):
     path = write(tmp_path / "t.csv", "path,split,x,y", "a,train,1,1", "b,train,0,1", "c,val,0,0")
-    _, _, found = read_tables([path])
+    _, found = read_tables([path])
     assert "splits without clips: val, test" in found
 
 
@@ -321,10 +321,10 @@ def test_splits_without_clips_are_noted(tmp_path):
         (HEADER + ROWS + "d.mp3,train,1\n", "row 5: 3 fields, row 1 has 4"),
         (HEADER + ROWS + "d.mp3,train,1,0,0\n", "row 5: 5 fields, row 1 has 4"),
         ("path,split,rock,rock\na.mp3,train,1,0\n", "row 1, column 'rock': the name appears twice"),
-        ("path,split,rock,shard\na.mp3,train,1,0\n", "row 1, column 'shard': 'shard' cannot be"),
+        ("path,split,clip_id\na.mp3,train,1\n", "no column contains only 0 and 1"),
         ("path,split,rock\na.mp3,train,0\n", "no clip carries a tag"),
         ("path,split,tags\na,train,\"['rock']\"\n", "row 2, column 'tags': found \"['rock']\""),
-        ("path,split,tags\na,train,shard\n", "row 2, column 'tags': 'shard' cannot be"),
+        ("path,split,tags\na,train,clip_id\n", "row 2, column 'tags': 'clip_id' cannot be"),
         ('path,split,tags\na,train,"x,y"\nb,val,x,y\n', "row 2, column 'tags': 'x,y' is a list"),
         ("path,file,split,x\na,b,train,1\n", "several columns of paths in 'path', 'file'"),
         ("song,split,x\na,train,1\n", "no column of paths in 'song', 'split', 'x'"),
@@ -401,12 +401,12 @@ def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, noise, pla
     path = tmp_path_factory.getbasetemp() / "noise.csv"
     path.write_bytes(whole[:place] + noise + whole[place + len(noise) :])
     try:
-        clips, tags, _ = read_tables([path])
+        clips, _ = read_tables([path])
     except ToolkitError as error:
         assert "\n" not in str(error)
     else:
-        assert set(np.unique(clips[list(tags)])) <= {0, 1}
-        assert set(clips["split"]) <= set(SPLITS)
+        assert set(np.unique(clips.labels)) <= {0, 1}
+        assert set(clips.splits) <= set(SPLITS)
 
 
 def test_missing_audio_folder_is_named(tmp_path, capsys):
@@ -428,3 +428,18 @@ def test_magnatagatune_with_fewer_tags(tmp_path, capsys):
     command = ["--data-dir", str(tmp_path), *OPTIONS, "--num-tags", "2"]
     assert build_mtt.main(command) == 0, capsys.readouterr().err
     assert open_dataset(tmp_path).tags == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("paths", "suffix", "found"),
+    [
+        (["a.mp3", "a.wav"], ".low.mp3", "'.low.mp3': two clips become a.low.mp3"),
+        (["b/a.mp3"], "/../../a", "b/a.mp3 becomes 'b/a/../../a', which is not a path inside"),
+    ],
+)
+def test_suffix_that_gives_no_paths_is_refused(tmp_path, paths, suffix, found):
+    rows = [f"{path},train,1" for path in paths]
+    clips, _ = read_tables([write(tmp_path / "t.csv", "path,split,x", *rows)])
+    with pytest.raises(BuildError) as caught:
+        clips.replace_suffixes(suffix)
+    assert found in str(caught.value)

@@ -166,8 +166,11 @@ def run_program(program, data_dir):
     """Build with two workers in a program that first changes the toolkit."""
     return subprocess.run(
         [sys.executable, "-c", program, *arguments(data_dir, *TWO_WORKERS)],
-        cwd=SCRIPT.parent, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=SCRIPT.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_death_of_a_worker_while_another_starts_ends_the_build(data_dir):
@@ -241,8 +244,10 @@ def test_error_that_cannot_be_pickled_or_unpickled_keeps_its_message(data_dir, t
     done = subprocess.run(
         [sys.executable, str(script), *arguments(data_dir, "--num-workers", "1")],
         env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1
     assert "RuntimeError: OddError: utterly odd\n" in done.stderr
     assert "in make_shard" in done.stderr  # the worker's traceback

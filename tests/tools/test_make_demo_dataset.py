@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 
-from toolkit.data.annotations import MTT_TOP_TAGS, read_mtt
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.data.tables import read_tables
 from tools import make_demo_dataset
 from tools.demo_recipes import RECIPES
 from tools.make_demo_dataset import MTT_TAGS, plan_clips, synthesise_clip
@@ -56,8 +57,8 @@ def test_annotations_have_the_format_of_magnatagatune(dataset):
     assert {value for row in rows for value in row[1:-1]} == {"0", "1"}
     clip_ids = [int(row[0]) for row in rows]
     assert clip_ids == sorted(set(clip_ids)) and clip_ids[-1] - clip_ids[0] > len(rows) == NUM_CLIPS
-    clips, _ = read_mtt(dataset / "annotations_final.csv")
-    assert set(clips["split"]) == {"train", "val", "test"}
+    clips, _ = read_tables([dataset / "annotations_final.csv"])
+    assert set(clips.splits) == {"train", "val", "test"}
 
 
 def test_every_row_has_a_file_and_every_folder_a_clip(dataset):

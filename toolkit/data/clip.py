@@ -1,6 +1,16 @@
-"""A clip: what the stages pass to each other."""
+"""Clips: what the stages pass to each other, and the clips of a dataset's tables."""
 
+import hashlib
+import json
+import os
+import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from toolkit.errors import AnnotationsError, BuildError
 
 import numpy as np
 
@@ -26,3 +36,98 @@ class Clip:
     clip_id: str = ""
     mp3_path: str = ""
     part: int = 0
+
+
+class Row(NamedTuple):
+    """Place of a row: its table, and its number from 1."""
+
+    table: Path
+    number: int
+
+    def error(self, column: str, reason: str) -> AnnotationsError:
+        return AnnotationsError(f"{self.table}: row {self.number}, column {column!r}: {reason}")
+
+
+@dataclass
+class ClipTable:
+    """The clips of a dataset, in the order of its tables.
+
+    Attributes
+    ----------
+    tags : tuple of str
+        Tags in model order.
+    labels : np.ndarray [shape=(n_clips, n_tags), dtype=uint8]
+        1 where the clip carries the tag.
+    clip_ids, paths, splits : list of str
+        Identity, path relative to the audio folder, and split of each clip.
+    rows : list of Row
+        Row of each clip, for errors.
+    path_column : str
+        Column of the paths, for errors.
+    shards : np.ndarray [shape=(n_clips,), dtype=int] or None
+        Number of each clip's shard within its split (see `annotations.assign_shards`).
+    """
+
+    tags: tuple[str, ...]
+    labels: np.ndarray
+    clip_ids: list[str]
+    paths: list[str]
+    splits: list[str]
+    rows: list[Row]
+    path_column: str
+    shards: np.ndarray | None = None
+
+    def sha256(self) -> str:
+        """Return a hash of all that the shards contain of the tables."""
+        columns = (self.tags, self.clip_ids, self.paths, self.splits, self.shards.tolist())
+        return hashlib.sha256(json.dumps(columns).encode() + self.labels.tobytes()).hexdigest()
+
+    def replace_suffixes(self, suffix: str) -> None:
+        """Replace the file name extension of each path, for example with ``.low.mp3``.
+
+        Raises
+        ------
+        BuildError
+            A path becomes invalid, or two paths become equal.
+        """
+        changed = [str(PurePosixPath(path).with_suffix("")) + suffix for path in self.paths]
+        for path, other in zip(self.paths, changed, strict=True):
+            if not is_inside(other):
+                raise BuildError(
+                    f"--audio-suffix {suffix!r}: {path} becomes {other!r}, which is not a path "
+                    "inside the audio folder"
+                )
+        repeated = [path for path, count in Counter(changed).items() if count > 1]
+        if repeated:
+            raise BuildError(f"--audio-suffix {suffix!r}: two clips become {repeated[0]}")
+        self.paths = changed
+
+    def check_links(self, audio_dir: Path) -> None:
+        """Check that no symbolic link leads out of the audio folder, which may itself be a link.
+
+        Raises
+        ------
+        AnnotationsError
+            A link leads out; the message names row and column.
+        """
+        inside = os.path.realpath(audio_dir)
+        resolve_folder = cache(os.path.realpath)  # slow on network file systems
+        for path, row in zip(self.paths, self.rows, strict=True):
+            place = audio_dir / path
+            target = Path(resolve_folder(place.parent), place.name)
+            if os.path.islink(target):
+                target = Path(os.path.realpath(target))
+            if not target.is_relative_to(inside):
+                raise row.error(
+                    self.path_column,
+                    f"a link leads from {path} out of {audio_dir}, to {target}: replace the link "
+                    "with the file",
+                )
+
+
+def is_inside(path: str) -> bool:
+    """Return whether a path in a table names a file inside the audio folder."""
+    # Control characters would break progress files, messages and reports into lines.
+    parts = PurePosixPath(path).parts
+    leaves_folder = not parts or path.startswith("/") or ".." in parts or "\\" in path
+    return not leaves_folder and not re.search(r"[\x00-\x1f]", path)

@@ -4,6 +4,7 @@ A build writes one small file per finished shard to ``.progress/`` and gathers t
 manifest at the end, so that an interrupted build can be resumed.
 """
 
+import hashlib
 import json
 import platform
 import re
@@ -146,7 +147,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def gather(tasks: Sequence, done: dict[str, dict], tags: Sequence[str], options: dict) -> dict:
+def gather(tasks: Sequence, done: dict[str, dict], recorded: dict) -> dict:
     """Gather the entries of all shards into a manifest.
 
     Parameters
@@ -155,11 +156,11 @@ def gather(tasks: Sequence, done: dict[str, dict], tags: Sequence[str], options:
         All shards in order.
     done : dict of str to dict
         Entry of each shard by name (see `shards.make_shard`).
-    tags : sequence of str
-        Tags in model order.
-    options : dict
-        Options that determine the content of the shards.
+    recorded : dict
+        Tags, and options that determine the content of the shards.
     """
+    options = dict(recorded)
+    tags = options.pop("tags")
     splits = {split: {"clips": 0, "segments": 0, "shards": []} for split in SPLITS}
     skipped = []
     for task in tasks:
@@ -170,7 +171,7 @@ def gather(tasks: Sequence, done: dict[str, dict], tags: Sequence[str], options:
         split["clips"] += entry["clips"]
         split["segments"] += entry["segments"]
     return {
-        "tags": list(tags),
+        "tags": tags,
         "sample_rate": options["sample_rate"],
         "num_samples": options["num_samples"],
         "splits": splits,
@@ -204,7 +205,17 @@ def _encode(content: str) -> bytes:
 # --- Progress of a build -------------------------------------------------------------------------
 
 
-def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Path]) -> None:
+def hash_tables(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of a table's bytes, or of the names and hashes of several tables."""
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    if len(paths) == 1:
+        return hashes[0]
+    # Names of several tables may determine the split.
+    lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, hashes, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Path]) -> bool:
     """Check that the shards in a folder were built with the same options.
 
     Parameters
@@ -212,41 +223,58 @@ def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Pa
     folder : Path
         Folder of the shards, which may be empty.
     options : dict
-        Options of this build that determine the shards.
+        Options of this build that determine the shards, the tags, and ``clips_sha256``
+        (see `clip.ClipTable.sha256`).
     unrecorded : dict
         Values of the options that builds of earlier versions did not record.
     tables : list of Path
         Tables of this build, for errors.
 
+    Returns
+    -------
+    bool
+        Whether the records must be compared, too: earlier versions did not record
+        ``clips_sha256``.
+
     Raises
     ------
     BuildError
-        An option differs, or the tables have changed.
+        An option differs, or the tables have changed or are read differently.
     """
     path = folder / _PROGRESS_FOLDER / _OPTIONS_NAME
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
     elif (folder / MANIFEST_NAME).exists():
-        earlier = read_manifest(folder / MANIFEST_NAME).get("options", {})
+        manifest = read_manifest(folder / MANIFEST_NAME)
+        earlier = {"tags": manifest["tags"]} | manifest.get("options", {})
     else:
-        return
-    earlier = unrecorded | earlier
+        return False
+    # Builds of earlier versions recorded neither tags, before the manifest, nor the hash.
+    must_compare = "clips_sha256" not in earlier
+    earlier = unrecorded | {name: options[name] for name in ("tags", "clips_sha256")} | earlier
     for name, value in options.items():
         if earlier.get(name) == value:
             continue
+        if name in ("tags", "clips_sha256"):
+            what = "this version of the toolkit reads the tables differently"
+            raise another_build(folder, what, "use the other version")
         if name != "annotations_sha256":
-            what = (
-                f"--{name.replace('_', '-')} was {as_typed(earlier.get(name))}, now "
-                f"{as_typed(value)}"
-            )
+            was = as_typed(earlier.get(name))
+            what = f"--{name.replace('_', '-')} was {was}, now {as_typed(value)}"
         elif len(tables) == 1:
             what = f"{tables[0].name} has changed since"
         else:
             what = "the tables or their order have changed since"
-        raise BuildError(
-            f"{folder}: contains shards of another build: {what}: use the same options, or delete "
-            "this folder to build from scratch"
-        )
+        raise another_build(folder, what)
+    return must_compare
+
+
+def another_build(folder: Path, what: str, instead: str = "use the same options") -> BuildError:
+    """Return the error for a folder with shards of another build; `what` says what differs."""
+    return BuildError(
+        f"{folder}: contains shards of another build: {what}: {instead}, or delete this folder to "
+        "build from scratch"
+    )
 
 
 def as_typed(value: object) -> str:
@@ -290,7 +318,9 @@ def read_progress(folder: Path, shard_of: dict[str, str]) -> dict[str, dict]:
             for entry in split["shards"]:
                 entries[entry["name"]] = entry | {"skipped": []}
         for row in manifest["skipped"]:
-            entries[shard_of[row["clip_id"]]]["skipped"].append(row)
+            name = shard_of.get(row["clip_id"])  # None if the tables are read differently now
+            if name in entries:
+                entries[name]["skipped"].append(row)
     for path in (folder / _PROGRESS_FOLDER).glob("*.tfrecord.json"):
         entry = json.loads(path.read_text(encoding="utf-8"))
         entries[entry["name"]] = entry

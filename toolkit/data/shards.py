@@ -4,21 +4,20 @@ To build a shard, a worker decodes its clips, cuts them into segments, and write
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit import messages
 from toolkit.data.annotations import CLIP_ID, MP3_PATH, SPLITS
 from toolkit.data.audio import cut_pieces, decode_pieces
-from toolkit.data.clip import Clip
-from toolkit.data.manifest import read_progress, shard_name
-from toolkit.data.records import append_records, encode_clip
+from toolkit.data.clip import Clip, ClipTable
+from toolkit.data.manifest import another_build, read_progress, shard_name
+from toolkit.data.records import append_records, decode_record, encode_clip, read_records
 from toolkit.errors import AudioError
 from toolkit.files import written_whole
 
 import numpy as np
-import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,13 @@ class ShardTask:
     encoding: str
 
 
-def plan_shards(
-    clips: pd.DataFrame, tags: Sequence[str], folder: Path, audio_dir: Path, options: dict
-) -> list[ShardTask]:
+def plan_shards(clips: ClipTable, folder: Path, audio_dir: Path, options: dict) -> list[ShardTask]:
     """Plan one task per shard.
 
     Parameters
     ----------
-    clips : pd.DataFrame
-        Clips with their shards (see `annotations.assign_shards`).
-    tags : sequence of str
-        Tags in model order.
+    clips : ClipTable
+        Clips with their shards.
     folder : Path
         Folder of the shards.
     audio_dir : Path
@@ -59,33 +54,71 @@ def plan_shards(
     list of ShardTask
         Shards of train, val and test in order.
     """
-    labels = clips[list(tags)].to_numpy(np.uint8)  # (num_clips, num_tags)
     names = ("sample_rate", "num_samples", "stop", "decoder", "encoding")
     decoding = {name: options[name] for name in names}
     tasks = []
+    members = [
+        (clip_id, path, labels.tobytes())
+        for clip_id, path, labels in zip(clips.clip_ids, clips.paths, clips.labels, strict=True)
+    ]
     for split in SPLITS:
-        shards = clips[clips["split"] == split].groupby("shard")
-        for shard, members in shards:
-            rows = members[[CLIP_ID, MP3_PATH]].itertuples()
-            members = [(clip_id, path, labels[row].tobytes()) for row, clip_id, path in rows]
-            path = folder / shard_name(split, shard, len(shards))
-            tasks.append(ShardTask(path, split, audio_dir, members, **decoding))
+        rows = np.flatnonzero(np.array(clips.splits) == split)
+        num_shards = clips.shards[rows].max(initial=-1) + 1
+        for shard in range(num_shards):
+            path = folder / shard_name(split, shard, num_shards)
+            in_shard = [members[row] for row in rows[clips.shards[rows] == shard]]
+            tasks.append(ShardTask(path, split, audio_dir, in_shard, **decoding))
     return tasks
 
 
-def finished_shards(folder: Path, tasks: list[ShardTask]) -> dict[str, dict]:
-    """Return the entries of shards that an earlier run finished and that need no rebuilding."""
+def finished_shards(folder: Path, tasks: list[ShardTask], must_compare: bool) -> dict[str, dict]:
+    """Return the entries of shards that an earlier run finished and that need no rebuilding.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the shards.
+    tasks : list of ShardTask
+        All shards.
+    must_compare : bool
+        Whether to compare the records with the tasks.
+
+    Raises
+    ------
+    BuildError
+        A record differs from the task of its shard.
+    ShardError
+        A record is damaged.
+    """
     shard_of = {clip_id: task.path.name for task in tasks for clip_id, _, _ in task.clips}
     entries = read_progress(folder, shard_of)
+    if must_compare and (unknown := sorted(entries.keys() - set(shard_of.values()))):
+        what = f"this version of the toolkit reads the tables differently: no {unknown[0]}"
+        raise another_build(folder, what, "use the other version")
     done = {}
     for task in tasks:
         entry = entries.get(task.path.name)
         if entry is None or not task.path.exists():
             continue
         is_complete = entry.get("bytes") in (None, task.path.stat().st_size)
+        if is_complete and must_compare:
+            _compare_records(task, entry)
         if is_complete and not _gains_clips(task, entry):
             done[task.path.name] = entry
     return done
+
+
+def _compare_records(task: ShardTask, entry: dict) -> None:
+    """Check that a shard contains the clips of its task, except for the skipped ones."""
+    found = set()
+    for number, record in enumerate(read_records(task.path)):
+        clip = decode_record(record, task.path, number)
+        found.add((clip.clip_id, clip.mp3_path, clip.labels.tobytes()))
+    skipped = {row[CLIP_ID] for row in entry["skipped"]}
+    planned = {clip for clip in task.clips if clip[0] not in skipped}
+    if differing := sorted(found ^ planned):
+        what = f"this version of the toolkit reads clip {differing[0][0]} differently"
+        raise another_build(task.path.parent, what, "use the other version")
 
 
 def _gains_clips(task: ShardTask, entry: dict) -> bool:
