@@ -33,7 +33,6 @@ from toolkit.data.records import (
     read_records,
     read_segment,
     record_encoding,
-    reread_segment,
 )
 from toolkit.data.tables import read_tables
 from toolkit.errors import AnnotationsError, ShardError
@@ -268,9 +267,6 @@ class SegmentReader:
             ]
             or [np.zeros((0, 4), np.int64)]
         )
-        # Result of read_segment for each segment. Segments with False are parsed when they are
-        # read: those that have not been read yet, and those of another layout or type.
-        self._verified = np.zeros(len(self._records), bool)
         expected = dataset.splits[split].num_segments
         if expected is not None and self.num_segments != expected:
             self.close()
@@ -322,14 +318,9 @@ class SegmentReader:
         """
         segments = np.empty((len(rows), self.num_samples), self.stored_type)
         labels = np.empty((len(rows), self.num_tags), np.float32)
-        verified = self._verified[rows].tolist()
         for place, (shard, *record) in enumerate(self._records[rows].tolist()):
-            record = (self._files[shard], self._paths[shard], *record)
-            if verified[place]:
-                reread_segment(*record, segments[place], labels[place])
-            else:
-                verified[place] = read_segment(*record, segments[place], labels[place])
-        self._verified[rows] = verified
+            file, path = self._files[shard], self._paths[shard]
+            read_segment(file, path, *record, segments[place], labels[place])
         return segments, labels
 
     def batches(

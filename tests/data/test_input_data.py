@@ -10,7 +10,7 @@ from pathlib import Path
 
 import build_mtt
 import input_data
-from input_data import Clip, SegmentReader, Split, open_dataset, read_clips, shuffled_order
+from input_data import Clip, SegmentReader, open_dataset, read_clips, shuffled_order
 from toolkit.data import audio
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.data.example_pb2 import Example, Features
@@ -242,40 +242,49 @@ def test_reader_reads_any_layout_and_verifies_it(tmp_path, encoding, change):
     segments, labels = direct(dataset)
     reader = SegmentReader(dataset)
     full_scale = 1 if encoding == "float32" else 32768
-    for _ in range(2):  # the second read does not compute the checksum again
-        found = reader.read(np.arange(len(segments)))
-        assert found[0].dtype == encoding
-        np.testing.assert_array_equal(found[0], segments * full_scale)
-        np.testing.assert_array_equal(found[1], labels)
-    reader.close()
+    found = reader.read(np.arange(len(segments)))
+    assert found[0].dtype == encoding
+    np.testing.assert_array_equal(found[0], segments * full_scale)
+    np.testing.assert_array_equal(found[1], labels)
     start, length = index_records(path)[2]
+    intact = path.read_bytes()
     for place in (records[2].index(bytes(clips[1].labels)), 200, length - 1, length + 3):
-        damaged = bytearray(path.read_bytes())
+        damaged = bytearray(intact)
         damaged[start + place] ^= 1
-        other = tmp_path / f"damaged-{place}"
-        shutil.copytree(folder, other / "tfrecord")
-        (other / "tfrecord" / TRAIN_SHARD).write_bytes(damaged)
-        reader = SegmentReader(
-            dataset=replace(
-                dataset,
-                path=other,
-                splits={"train": Split([other / "tfrecord" / TRAIN_SHARD], None, len(segments))},
-            )
-        )
+        path.write_bytes(damaged)  # the reader has read the record before
         with pytest.raises(ShardError, match="record 2: its bytes do not match their checksum"):
             reader.read(np.arange(len(segments)))
-        reader.close()
+    os.truncate(path, start + 100)
+    with pytest.raises(ShardError, match="record 2: the file is truncated"):
+        reader.read(np.arange(len(segments)))
+    reader.close()
 
 
-def test_a_shard_that_is_truncated_while_it_is_open_is_an_error(segments_dataset, tmp_path):
-    dataset = open_dataset(shutil.copytree(segments_dataset.path, tmp_path / "dataset"))
-    reader = SegmentReader(dataset)
-    rows = np.arange(reader.num_segments)
-    reader.read(rows)
-    path = dataset.splits["train"].shards[-1]
-    os.truncate(path, path.stat().st_size - 100)
-    with pytest.raises(ShardError, match=f"{path.name}: record .*its bytes have changed"):
-        reader.read(rows)
+@pytest.mark.parametrize(
+    ("clips", "encodings", "found"),
+    [
+        ({"num_tags": 60}, ("float32", "float32"), "labels of 60 tags, expected 50"),
+        ({"num_tags": 40}, ("int16", "int16"), "labels of 40 tags, expected 50"),
+        ({"num_samples": 299}, ("float32", "float32"), "segments of 299 samples, expected 300"),
+        # As many bytes as a record of 300 samples of the other type.
+        ({"num_samples": 600}, ("float32", "int16"), "segments of 600 samples, expected 300"),
+        ({"num_samples": 150}, ("int16", "float32"), "segments of 150 samples, expected 300"),
+        ({}, ("int16", "float32"), "float32 samples after records with int16"),
+    ],
+)
+def test_reader_refuses_a_record_of_another_shape(tmp_path, clips, encodings, found):
+    (tmp_path / "tfrecord").mkdir()
+    made = (make_clips(2, num_tags=50), make_clips(1, **{"num_tags": 50} | clips))
+    records = [
+        record
+        for some, encoding in zip(made, encodings, strict=True)
+        for clip in some
+        for record in encode_clip(clip, "train", encoding)
+    ]
+    write_records(tmp_path / "tfrecord" / TRAIN_SHARD, records)
+    reader = SegmentReader(open_dataset(tmp_path))
+    with pytest.raises(ShardError, match=f"record 3: {found}"):
+        reader.read(np.arange(4))
     reader.close()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shards import TEST_SHARD, TRAIN_SHARD, write_published_shards, write_shard
+from shards import TEST_SHARD, TRAIN_SHARD, write_shard
 
 
 @pytest.fixture(scope="module", params=[TRAIN_SHARD, TEST_SHARD])
@@ -83,20 +83,6 @@ def test_flipped_byte_with_a_valid_checksum_is_read_or_refused(shard, tmp_path, 
     path = tmp_path / shard.name
     write_records(path, [bytes(record) for record in records])
     read_or_refuse(path, path.read_bytes())
-
-
-def test_damage_is_named_by_the_segment_reader(tmp_path):
-    data_dir = write_published_shards(tmp_path / "dataset", num_clips=6, num_tags=50)
-    path = data_dir / "tfrecord" / "train-0001-of-0002.tfrecord"
-    reader_dataset = open_dataset(data_dir)
-    start, _ = index_records(path)[3]
-    content = bytearray(path.read_bytes())
-    content[start + 100] ^= 1
-    path.write_bytes(content)
-    reader = SegmentReader(reader_dataset)
-    with pytest.raises(ShardError, match=rf"{path}: record 3: its bytes do not match"):
-        list(reader.batches(4, np.arange(reader.num_segments)))
-    reader.close()
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

@@ -47,6 +47,7 @@ INT16_SCALE = 32768
 
 _HEADER = struct.Struct("<QI")  # length, masked CRC of the length
 _FOOTER = struct.Struct("<I")  # masked CRC of the bytes
+_CHECKSUM_DIFFERS = "its bytes do not match their checksum"
 
 # --- Framing -------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ def read_record(
         raise _damaged(path, number, "the file is truncated")
     content = memoryview(record)[:length]
     if _masked_crc(content) != _FOOTER.unpack_from(record, length)[0]:
-        raise _damaged(path, number, "its bytes do not match their checksum")
+        raise _damaged(path, number, _CHECKSUM_DIFFERS)
     return content
 
 
@@ -263,8 +264,11 @@ def read_segment(
     length: int,
     samples: np.ndarray,
     labels: np.ndarray,
-) -> bool:
+) -> None:
     """Read a training or validation record into rows of a batch, and verify its checksum.
+
+    Samples at the end of a record, where `encode_clip` and the published program write them, are
+    read directly into the row. A record of another layout is parsed.
 
     Parameters
     ----------
@@ -275,69 +279,62 @@ def read_segment(
     labels : np.ndarray [shape=(n_tags,), dtype=float32]
         Array to fill with the labels.
 
-    Returns
-    -------
-    bool
-        Whether `reread_segment` can read the record: it stores samples of the array's type, and
-        ends with its labels and samples, as records of `encode_clip` do.
-
     Raises
     ------
     ShardError
         The record is damaged, has another shape, or stores float32 and the array is int16.
     """
+    before = bytearray(max(0, length - samples.nbytes))  # all that precedes the samples
+    footer = bytearray(_FOOTER.size)
+    if before:
+        num_read = os.preadv(file.fileno(), [before, samples, footer], start)
+        if num_read < length + len(footer):
+            raise _damaged(path, number, "the file is truncated")
+        if _masked_crc(before, samples) != _FOOTER.unpack(footer)[0]:
+            raise _damaged(path, number, _CHECKSUM_DIFFERS)
+        if _read_labels(before, samples, labels):
+            return
     record = read_record(file, path, number, start, length)
     clip = decode_record(record, path, number, len(samples), len(labels))
     labels[:] = clip.labels
-    end = clip.labels.tobytes() + _segment_header(samples.nbytes)
-    place = length - samples.nbytes - len(end)
-    if place > 0 and record[place : place + len(end)] == end:
-        samples[:] = np.frombuffer(record, samples.dtype, offset=place + len(end))
-        return True
     segment = clip.segments[0]
     if samples.dtype == np.int16:
         if record_encoding(record, path, number) != "int16":
-            raise _damaged(path, number, "its samples are float32, those before it int16")
+            raise _damaged(path, number, "float32 samples after records with int16")
         segment = segment * INT16_SCALE
     samples[:] = segment
-    return False
 
 
-def reread_segment(
-    file: BinaryIO,
-    path: str | Path,
-    number: int,
-    start: int,
-    length: int,
-    samples: np.ndarray,
-    labels: np.ndarray,
-) -> None:
-    """Read a record for which `read_segment` returned True: faster, and without its checksum.
+def _read_labels(before: bytearray, samples: np.ndarray, labels: np.ndarray) -> bool:
+    """Read the labels that precede the samples; return False if the record has another layout.
 
-    Parameters
-    ----------
-    file, path, number, start, length, samples, labels
-        As for `read_segment`.
-
-    Raises
-    ------
-    ShardError
-        The record has changed.
+    The header of a feature contains its name and size, so a record with another number of labels
+    or samples has another layout.
     """
-    header = _segment_header(samples.nbytes)
-    before = bytearray(len(labels) + len(header))
-    num_bytes = len(before) + samples.nbytes
-    num_read = os.preadv(file.fileno(), [before, samples], start + length - num_bytes)
-    if num_read < num_bytes or not before.endswith(header):
-        raise _damaged(path, number, "its bytes have changed since they were verified")
-    labels[:] = np.frombuffer(before, np.uint8, len(labels))
+    labels_header = _feature_header(LABELS_FEATURE, len(labels))
+    samples_header = _feature_header(SEGMENT_FEATURE, samples.nbytes)
+    place = len(before) - len(samples_header) - len(labels)
+    # A segment of int16 has as many bytes as one of half as many float32 samples.
+    if samples.dtype == np.int16:
+        has_type = _feature_header(ENCODING_FEATURE, 5) + b"int16" in before
+    else:
+        has_type = ENCODING_FEATURE.encode() not in before
+    if not (
+        has_type
+        and place > 0
+        and before.endswith(samples_header)
+        and before.endswith(labels_header, 0, place)
+    ):
+        return False
+    labels[:] = np.frombuffer(before, np.uint8, len(labels), place)
+    return True
 
 
 @cache
-def _segment_header(num_bytes: int) -> bytes:
-    """Return the bytes between labels and samples in the records of `encode_clip`."""
+def _feature_header(name: str, num_bytes: int) -> bytes:
+    """Return the bytes before the content of a feature of this size."""
     features = Features()
-    _set_features(features, {SEGMENT_FEATURE: bytes(num_bytes)})
+    _set_features(features, {name: bytes(num_bytes)})
     return features.SerializeToString()[:-num_bytes]
 
 
