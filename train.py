@@ -124,7 +124,7 @@ def train_stage(run: Run, stage: int, state: StageState, checkpoint: Checkpoint)
                     "epoch": epoch,
                     "loss": loss,
                     "val_loss": val_loss,
-                    "learning_rate": _current_lr(trainer),
+                    "learning_rate": float(trainer.optimizer.learning_rate),
                     "val_roc_auc": scores.macro_roc_auc,
                     "val_pr_auc": scores.macro_pr_auc,
                     "seconds": seconds,
@@ -136,12 +136,6 @@ def train_stage(run: Run, stage: int, state: StageState, checkpoint: Checkpoint)
                 f"val ROC AUC {scores.macro_roc_auc:.4f}, PR AUC {scores.macro_pr_auc:.4f}, "
                 f"{messages.duration(seconds)}{' *' if improved else ''}"
             )
-
-
-def _current_lr(trainer) -> float:
-    import keras
-
-    return float(keras.ops.convert_to_numpy(trainer.optimizer.learning_rate))
 
 
 @contextmanager
@@ -161,7 +155,8 @@ def _prepared(
         config, num_tags=len(dataset.tags), num_samples=dataset.num_samples
     )
     with stop_on_signals() as stop, _open_segments(dataset, options) as segments:
-        # Keras draws the seeds of new dropout layers, which must be the same on all hosts.
+        # Keras draws the seeds of new dropout layers, which must be the same on all hosts. NumPy's
+        # seed, which Keras sets too, has 32 bits.
         keras.utils.set_random_seed(options.seed % 2**32)
         if options.mixed_precision:
             keras.config.set_dtype_policy("mixed_bfloat16")
@@ -232,25 +227,20 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _report_ignored(dataset: Dataset, options: IgnoredOptions) -> None:
     """Print a line for each ignored option that was given and differs from the shards."""
-    given = options.num_segments_per_audio
+    lines = {}
     for split in dataset.splits.values():
-        if given and split.num_clips and split.num_segments not in (None, given * split.num_clips):
-            mean = split.num_segments / split.num_clips
-            messages.say(
-                f"--num-segments-per-audio {given}: ignored: {dataset.path} has {mean:.3g} "
-                "segments per clip"
-            )
-            break
-    given = options.num_audios_per_shard
-    for split in dataset.splits.values():
-        # build_mtt.py makes as many shards as the clips fill completely, but at least one.
-        if given and split.num_clips and max(1, split.num_clips // given) != len(split.shards):
-            mean = split.num_clips / len(split.shards)
-            messages.say(
-                f"--num-audios-per-shard {given}: ignored: {dataset.path} has {mean:.3g} clips "
-                "per shard"
-            )
-            break
+        clips, segments, shards = split.num_clips, split.num_segments, len(split.shards)
+        for name, parts, wholes, unit in (
+            ("num_segments_per_audio", segments, clips, "segments per clip"),
+            ("num_audios_per_shard", clips, shards, "clips per shard"),
+        ):
+            given = getattr(options, name)
+            # build_mtt.py makes as many shards as the clips fill completely, but at least one.
+            if given and parts and wholes and max(1, parts // given) != wholes:
+                has = f"{dataset.path} has {parts / wholes:.3g} {unit}"
+                lines.setdefault(name, f"--{name.replace('_', '-')} {given}: ignored: {has}")
+    for line in lines.values():
+        messages.say(line)
 
 
 if __name__ == "__main__":

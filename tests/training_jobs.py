@@ -35,9 +35,12 @@ def start_training(data_dir, train_dir, *options, devices=1, program=TRAIN, **en
     }
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(program), *folders, *OPTIONS, *options],
-        env=ENVIRONMENT | jax | environment, cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env=ENVIRONMENT | jax | environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def start_job(*runs, **more):
@@ -45,15 +48,14 @@ def start_job(*runs, **more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    more |= {
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}",
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": str(len(runs)),
+    }
     return [
-        start_training(
-            run[0], run[1], "--distribute", *run[2:],
-            KERAS_DISTRIBUTION_JOB_ADDRESSES=f"127.0.0.1:{port}",
-            KERAS_DISTRIBUTION_NUM_PROCESSES=str(len(runs)),
-            KERAS_DISTRIBUTION_PROCESS_ID=str(process), **more,
-        )
+        start_training(*run, "--distribute", KERAS_DISTRIBUTION_PROCESS_ID=str(process), **more)
         for process, run in enumerate(runs)
-    ]  # fmt: skip
+    ]
 
 
 def finish(*trainings):

@@ -8,9 +8,7 @@ from toolkit.models import checkpoints
 
 import numpy as np
 
-COLUMNS = [
-    "epoch", "loss", "val_loss", "learning_rate", "val_roc_auc", "val_pr_auc", "seconds",
-]  # fmt: skip
+COLUMNS = ["epoch", "loss", "val_loss", "learning_rate", "val_roc_auc", "val_pr_auc", "seconds"]
 # A network that trains about one epoch per second on `tiny_dataset`.
 SMALL = ("--block", "basic", "--init-features", "2", "--batch-size", "4")
 ONE_EPOCH = ("--num-lr-decays", 1, "--max-epochs", 1)

@@ -45,9 +45,8 @@ def test_manifest_describes_the_shards(tiny_dataset):
     manifest = read_manifest(tiny_dataset / "tfrecord" / "manifest.json")
     assert list(dataset.tags) == manifest["tags"]
     assert (dataset.sample_rate, dataset.num_samples) == (22050, 59049)
-    assert {name: len(split.shards) for name, split in dataset.splits.items()} == {
-        "train": 3, "val": 1, "test": 1,
-    }  # fmt: skip
+    num_shards = {name: len(split.shards) for name, split in dataset.splits.items()}
+    assert num_shards == {"train": 3, "val": 1, "test": 1}
     for split in dataset.splits.values():
         clips = list(read_clips(split.shards))
         assert len(clips) == split.num_clips
@@ -359,10 +358,9 @@ def test_limit_of_open_files_is_raised_for_many_shards(tmp_path):
         reader = SegmentReader(dataset)
         print(len(reader.read(np.arange(reader.num_segments))[0]) == reader.num_segments)
     """
-    finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(data_dir)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", textwrap.dedent(program), str(data_dir)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.stdout == "True\n", finished.stderr
 
 

@@ -29,10 +29,10 @@ def parse_with_tensorflow(tf, path):
     labels_feature = {"raw_labels": tf.io.FixedLenFeature([], tf.string)}
     for record in tf.data.TFRecordDataset(str(path)):
         if path.name.endswith(".seq.tfrecord"):
+            segments_feature = {"raw_segments": tf.io.FixedLenSequenceFeature([], tf.string)}
             context, lists = tf.io.parse_single_sequence_example(
-                record, labels_feature,
-                {"raw_segments": tf.io.FixedLenSequenceFeature([], tf.string)},
-            )  # fmt: skip
+                record, labels_feature, segments_feature
+            )
             yield (
                 tf.io.decode_raw(lists["raw_segments"], tf.float32).numpy(),
                 tf.io.decode_raw(context["raw_labels"], tf.uint8).numpy(),

@@ -23,7 +23,7 @@ from training_runs import (
     assert_same_runs,
     assert_same_weights,
     history_of,
-)  # fmt: skip
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,10 +35,12 @@ class TrainingProcess:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *options],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             # Background processes of a shell ignore SIGINT; restore the default.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
         self.messages = ""
 
     def read_until(self, words):
@@ -63,10 +65,13 @@ class TrainingProcess:
 @pytest.mark.parametrize(
     ("failing", "epoch"),
     [
-        ("ckpt-e000", 0), ("resume.keras", 0), ("ckpt-e001", 1), ("resume.keras", 1),
+        ("ckpt-e000", 0),
+        ("resume.keras", 0),
+        ("ckpt-e001", 1),
+        ("resume.keras", 1),
         ("training.csv", 1),
     ],
-)  # fmt: skip
+)
 def test_a_write_that_fails_loses_nothing(
     tiny_dataset, trained, tmp_path, capsys, monkeypatch, failing, epoch
 ):

@@ -34,9 +34,8 @@ def test_one_device_two_devices_and_two_processes_have_equal_losses(tiny_dataset
         with_l2 = validation_loss_of(last, tiny_dataset, 0.001)
         assert losses[4] == pytest.approx(with_l2, abs=1e-5), name
         files = sorted(path.name for path in (tmp_path / name / "0").iterdir())
-        assert [path for path in files if not path.startswith(("ckpt", "events"))] == [
-            "resume.keras", "test.json", "training.csv",
-        ]  # fmt: skip
+        others = [path for path in files if not path.startswith(("ckpt", "events"))]
+        assert others == ["resume.keras", "test.json", "training.csv"]
         assert len([path for path in files if path.startswith("events")]) == 1
 
 
@@ -63,13 +62,10 @@ def test_two_devices_of_tensorflow_train_as_one(tiny_dataset, tmp_path):
     # Dropout masks differ between devices. Compiled, one device would round differently, by up to
     # 1e-3 on some processors.
     options = (*SE, "--dropout", "0", "--jit", "off")
+    how = {"program": program, "KERAS_BACKEND": "tensorflow"}
     for name, distribute in (("one", ()), ("two", ("--distribute",))):
-        (said,) = finish(
-            start_training(
-                tiny_dataset, tmp_path / name, *options, *distribute, program=program,
-                KERAS_BACKEND="tensorflow",
-            )
-        )  # fmt: skip
+        run = start_training(tiny_dataset, tmp_path / name, *options, *distribute, **how)
+        (said,) = finish(run)
         assert ("2 devices in 1 process," in said) == (name == "two")
     one, two = (read_losses(tmp_path / name) for name in ("one", "two"))
     assert two[:2] == pytest.approx(one[:2], abs=1e-3)

@@ -49,16 +49,14 @@ def test_environment_and_options_that_the_backend_does_not_support_are_refused(
 ):
     pytest.importorskip("jax")
     first = TWO | {"KERAS_DISTRIBUTION_PROCESS_ID": "0"}
+    three = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     refused = (
         (first, (), "JOB_ADDRESSES=: expected host:port of the first process"),
         (first | {"KERAS_BACKEND": "tensorflow"}, (), "several hosts need KERAS_BACKEND=jax"),
         ({"KERAS_BACKEND": "torch"}, (), "--distribute: needs KERAS_BACKEND=jax"),
-        (
-            {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, (),
-            "--batch-size 4: cannot be divided evenly among 3 devices: use 3 or 6",
-        ),
+        (three, (), "--batch-size 4: cannot be divided evenly among 3 devices: use 3 or 6"),
         ({}, ("--jit", "off"), "--jit off: --distribute with JAX needs a compiled network"),
-    )  # fmt: skip
+    )
     trainings = [
         start_training(tiny_dataset, tmp_path / "log", "--distribute", *options, **environment)
         for environment, options, _ in refused
@@ -133,17 +131,12 @@ def test_hosts_that_differ_are_refused(tiny_dataset, tmp_path, tmp_path_factory)
         devices._FOLDER_SECONDS = 6  # instead of 90
         sys.exit(train.main(sys.argv[1:]))
     """
+    run = (tiny_dataset, log)
     for first, second, expected in (
-        ((tiny_dataset, log), (other, log), "not the same on all hosts: use the same dataset"),
-        (
-            (tiny_dataset, log, "--lr", "0.01"), (tiny_dataset, log, "--lr", "0.02"),
-            "options: not the same on all hosts: run the same command",
-        ),
-        (
-            (tiny_dataset, tmp_path / "here"), (tiny_dataset, tmp_path / "there"),
-            "not the same on all hosts: use a folder",
-        ),
-    ):  # fmt: skip
+        (run, (other, log), "not the same on all hosts: use the same dataset"),
+        (run, (*run, "--lr", "0.02"), "options: not the same on all hosts: run the same command"),
+        (run, (tiny_dataset, tmp_path / "there"), "not the same on all hosts: use a folder"),
+    ):
         job = start_job(first, second, program=program)
         for training, run in zip(job, (first, second), strict=True):
             said = training.communicate(timeout=200)[1]
@@ -182,9 +175,12 @@ def test_each_process_takes_all_devices_of_its_host_under_slurm(tiny_dataset, tm
         train.main(sys.argv[1:])
     """
     slurm = {
-        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2",
-        "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-    }  # fmt: skip
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
     job = start_job(*[(tiny_dataset, tmp_path)] * 2, program=program, **slurm)
     for training in job:
         # By default, JAX would use one device per process.

@@ -36,7 +36,7 @@ from training_runs import (
     predict_validation,
     validation_loss_of,
     weights_of,
-)  # fmt: skip
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -289,7 +289,7 @@ def test_without_test_shards_no_stage_is_tested(tiny_dataset, log, tmp_path, cap
     config = NetworkConfig(block="basic", init_features=2)
     options = TrainingOptions(batch_size=4, num_lr_decays=1, max_epochs=2, jit="off")
     assert train.train(data_dir, log, config, options) == {}
-    assert "stage 0: the dataset has no test shards" in capsys.readouterr().err
+    assert "stage 0: no test shards: test skipped" in capsys.readouterr().err
     assert not (log / "0" / "test.json").exists()
 
 
@@ -298,9 +298,9 @@ def test_without_test_shards_no_stage_is_tested(tiny_dataset, log, tmp_path, cap
 
 def start(tiny_dataset, train_dir, stage, *more, max_epochs=3):
     """Train one stage for up to `max_epochs` epochs, with the options of `trained`."""
-    more = ("--max-epochs", max_epochs, "--num-lr-decays", stage + 1, "--initial-stage", stage,
-            "--lr", 0.05, "--seed", 3, *more)  # fmt: skip
-    return train.main(arguments(tiny_dataset, train_dir, *more))
+    stages = ("--num-lr-decays", stage + 1, "--initial-stage", stage, "--max-epochs", max_epochs)
+    options = (*stages, "--lr", 0.05, "--seed", 3, *more)
+    return train.main(arguments(tiny_dataset, train_dir, *options))
 
 
 def edit_state(log, **changes):
@@ -572,13 +572,11 @@ def test_the_options_of_the_published_program_are_accepted(capsys):
     assert caught.value.code == 0
     shown = re.sub(r"\s+", " ", capsys.readouterr().out.split("data and output:")[1])
     entries = re.split(r" (?=--[a-z])", shown)
-    for option, default in {
-        "--data-dir": "./dataset", "--train-dir": "./log", "--block": "se", "--alpha": "16",
-        "--batch-size": "23", "--momentum": "0.9", "--lr": "0.01", "--lr-decay": "0.2",
-        "--dropout": "0.5", "--weight-decay": "0", "--initial-stage": "0", "--patience": "2",
-        "--num-lr-decays": "5", "--num-audios-per-shard": "100",
-        "--num-segments-per-audio": "10", "--num-read-threads": "8",
-    }.items():  # fmt: skip
+    published = """--data-dir ./dataset --train-dir ./log --block se --alpha 16 --batch-size 23
+        --momentum 0.9 --lr 0.01 --lr-decay 0.2 --dropout 0.5 --weight-decay 0 --initial-stage 0
+        --patience 2 --num-lr-decays 5 --num-audios-per-shard 100 --num-segments-per-audio 10
+        --num-read-threads 8"""
+    for option, default in re.findall(r"(--\S+) (\S+)", published):
         # An entry of the help is the option, its description, and its default at the end.
         entry = next(part for part in entries if part.startswith(f"{option} "))
         assert f"(default: {default})" in entry, option

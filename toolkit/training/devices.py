@@ -207,9 +207,9 @@ class Job:
         return f"{titles[keras.backend.backend()]} backend on {device}, {precision}, {how}"
 
     def spread(self, make_batches: Callable[[], Iterator]):
-        """Return batches in the form that Keras's training loop divides among devices.
+        """Return batches in the format that Keras's training loop divides among devices.
 
-        With TensorFlow, this form is a ``tf.data.Dataset`` of fixed shapes, over which Keras may
+        With TensorFlow, this format is a ``tf.data.Dataset`` of fixed shapes, over which Keras may
         iterate more than once.
         """
         if self.strategy is None:
@@ -298,9 +298,7 @@ def _start_jax(num_processes: int, process: int) -> Job:
         )
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), (BATCH_AXIS,))
-    job = Job(num_processes, process, num_devices=jax.device_count(), mesh=mesh)
-    job.wait_for_all("start")
-    return job
+    return Job(num_processes, process, num_devices=jax.device_count(), mesh=mesh)
 
 
 def _find_tensorflow_devices() -> Job:

@@ -88,7 +88,6 @@ class EventLog:
                 self.write(row)
 
     def write(self, row: dict) -> None:
-        """Write the row of an epoch."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 

@@ -22,9 +22,7 @@ from toolkit.errors import ToolkitError, TrainingError, UsageError
 ADDRESSES = "KERAS_DISTRIBUTION_JOB_ADDRESSES"
 NUM_PROCESSES = "KERAS_DISTRIBUTION_NUM_PROCESSES"
 PROCESS_ID = "KERAS_DISTRIBUTION_PROCESS_ID"
-# Heartbeat and start-up timeouts, in seconds.
-_LOST_SECONDS = 30
-_START_SECONDS = 300
+_LOST_SECONDS = 30  # heartbeat timeout; the default of JAX is 100
 _LAST_SECONDS = 5  # time for the other processes to print their own error
 _RESUME_HINT = "run the same command on all hosts to resume from the last finished epoch"
 # Messages of Gloo, NCCL and JAX's coordination service when another process is gone; their
@@ -147,7 +145,6 @@ def _connect(address: str, num_processes: int, process: int) -> None:
             address,
             num_processes,
             process,
-            initialization_timeout=_START_SECONDS,
             heartbeat_timeout_seconds=_LOST_SECONDS,
             # Under Slurm, JAX would otherwise use one device per process.
             cluster_detection_method="deactivate",

@@ -7,6 +7,7 @@ from toolkit.cli import option
 from toolkit.training.hosts import ADDRESSES, NUM_PROCESSES, PROCESS_ID
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Folders:
     """Input and output of train.py."""
@@ -14,7 +15,7 @@ class Folders:
     data_dir: str = option(
         "./dataset", "folder of the dataset, which contains tfrecord/",
         group="data and output", metavar="PATH",
-    )  # fmt: skip
+    )
     train_dir: str = option(
         "./log", "folder for event logs and checkpoints", group="data and output", metavar="PATH"
     )
@@ -30,43 +31,43 @@ class TrainingOptions:
     momentum: float = option(
         0.9, "Nesterov momentum of stochastic gradient descent",
         group="training", type=cli.rate, metavar="M",
-    )  # fmt: skip
+    )
     lr: float = option(
         0.01, "learning rate of the first stage",
         group="training", type=cli.positive_float, metavar="LR",
-    )  # fmt: skip
+    )
     lr_decay: float = option(
-        0.2, "learning rate of a stage relative to the previous stage",
+        0.2, "factor of the learning rate from stage to stage",
         group="training", type=cli.positive_float, metavar="DC",
-    )  # fmt: skip
+    )
     initial_stage: int = option(
         0, "first stage to train, from 0", group="training", type=cli.non_negative_int, metavar="N"
     )
     patience: int = option(
-        2, "number of epochs without a lower validation loss that do not end a stage: a stage ends "
-        "N + 1 epochs after its best epoch, as with Keras 2.0.5",
+        2, "a stage ends after N + 1 epochs without a lower validation loss, as with Keras 2.0.5",
         group="training", type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+    )
     num_lr_decays: int = option(
         5, "number of stages", group="training", type=cli.positive_int, metavar="N"
     )
     max_epochs: int = option(
         100, "maximum number of epochs per stage",
         group="training", type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+    )
     seed: int = option(
         0, "seed of initial weights, shuffling and dropout",
         group="training", type=cli.non_negative_int, metavar="N",
-    )  # fmt: skip
+    )
     mixed_precision: bool = option(
-        False, "compute in bfloat16 where bfloat16 is numerically safe", group="machine"
+        False, "mixed precision: compute in bfloat16, store weights in float32", group="machine"
     )
     jit: str = option("auto", cli.JIT_HELP, group="machine", choices=("auto", "on", "off"))
     device_cache: str = option(
         "auto", "keep the training segments in device memory (JAX only); auto keeps them if they "
         "fit into the memory of a GPU or TPU",
         group="machine", choices=("auto", "on", "off"),
-    )  # fmt: skip
+    )
+    # Eight is the published program's default.
     num_read_threads: int = option(
         8, "threads that read shards", group="machine", type=cli.positive_int, metavar="N"
     )
@@ -75,11 +76,14 @@ class TrainingOptions:
         f"environment variables {ADDRESSES}, {NUM_PROCESSES} and {PROCESS_ID}, one process per "
         "host",
         group="machine",
-    )  # fmt: skip
+    )
 
     def stage_lr(self, stage: int) -> float:
         """Return the learning rate at the start of a stage."""
         return self.lr * self.lr_decay**stage
+
+
+_IGNORED = "ignored; accepted so that commands for the published program still run"
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,9 @@ class IgnoredOptions:
     """Options of the published program whose values are now read from the shards."""
 
     num_audios_per_shard: int = option(
-        100, "clips per shard",
-        group="ignored; accepted so that commands for the published program still run",
-        type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+        100, "clips per shard", group=_IGNORED, type=cli.positive_int, metavar="N"
+    )
     num_segments_per_audio: int = option(
-        10, "segments per clip",
-        group="ignored; accepted so that commands for the published program still run",
-        type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+        10, "segments per clip", group=_IGNORED, type=cli.positive_int, metavar="N"
+    )
+# fmt: on

@@ -47,7 +47,6 @@ class Run:
     stop: StopRequest
 
     def stage_dir(self, stage: int) -> Path:
-        """Return the folder of a stage."""
         return self.train_dir / str(stage)
 
     def check_folder(self) -> None:
@@ -319,9 +318,8 @@ def epoch_writer(
         events.write(state.history[-1])
 
     def write_epoch(state: StageState) -> None:
-        checkpoint.training = {
-            "stage": stage, "state": asdict(state), "options": asdict(run.options),
-        }  # fmt: skip
+        options = asdict(run.options)
+        checkpoint.training = {"stage": stage, "state": asdict(state), "options": options}
         run.job.write(checkpoint.network, lambda: write_files(state))
 
     yield write_epoch

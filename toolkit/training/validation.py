@@ -70,7 +70,7 @@ def test_best(run: Run, stage: int) -> Scores | None:
     if job.of_first(path.exists()):
         return None
     if not run.dataset.splits["test"].shards:
-        job.say(f"stage {stage}: the dataset has no test shards to test the best checkpoint on")
+        job.say(f"stage {stage}: no test shards: test skipped")
         return None
     best = checkpoints.find_best(run.stage_dir(stage))
     network = checkpoints.load(best).network
