@@ -142,6 +142,7 @@ class Job:
 
     def of_first(self, value: float) -> float:
         """Return the first process's number in every process."""
+        # As bytes, because JAX would round float64 to float32.
         bits = np.array([value], np.float64).view(np.uint8)
         return float(self.gather(bits)[: len(bits)].view(np.float64)[0])
 
