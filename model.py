@@ -7,6 +7,7 @@ Small parts come first, the network last. Layers are named by their place in the
 ``block3_conv1``, ``block3_conv1_bn``, …, ``block3_se_excitation``.
 """
 
+from toolkit.blocks import BLOCKS, WIDTHS
 from toolkit.errors import UsageError
 from toolkit.models.config import NetworkConfig
 
@@ -14,9 +15,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-NUM_BLOCKS = 9
-# Features of the nine blocks, as multiples of the first convolution's features.
-_WIDTHS = (1, 1, 2, 2, 2, 2, 2, 2, 4)
+# Rate of the published program's residual blocks; --dropout is that of the last hidden layer.
 _BLOCK_DROPOUT = 0.2
 
 
@@ -30,15 +29,14 @@ def batch_norm(x, name: str):
 
 def conv_bn(x, features: int, config: NetworkConfig, name: str, width=3, strides=1, padding="same"):
     """Apply a convolution and batch normalisation: (B, N, C) -> (B, N / strides, features)."""
+    penalty = keras.regularizers.L2(config.weight_decay) if config.weight_decay else None
     x = layers.Conv1D(
         features,
         width,
         strides=strides,
         padding=padding,
         kernel_initializer="zeros",  # drawn by draw_kernels
-        kernel_regularizer=keras.regularizers.L2(config.weight_decay)
-        if config.weight_decay
-        else None,
+        kernel_regularizer=penalty,
         name=name,
     )(x)
     return batch_norm(x, name=f"{name}_bn")
@@ -75,19 +73,14 @@ def squeeze_excite(x, alpha: float, name: str):
 # --- Blocks: (B, N, C) -> (B, N/3, features) -----------------------------------------------------
 
 
-def basic_block(x, features: int, config: NetworkConfig, name: str):
-    """Convolution, pooling, ReLU."""
-    return pool_relu(conv_bn(x, features, config, name=f"{name}_conv1"), name=name)
+def plain_block(x, features: int, config: NetworkConfig, name: str):
+    """Convolution, pooling, ReLU (basic); then squeeze and excitation (se)."""
+    x = pool_relu(conv_bn(x, features, config, name=f"{name}_conv1"), name=name)
+    return squeeze_excite(x, config.alpha, name=f"{name}_se") if config.has_excitations else x
 
 
-def se_block(x, features: int, config: NetworkConfig, name: str):
-    """Basic block with squeeze and excitation."""
-    x = basic_block(x, features, config, name)
-    return squeeze_excite(x, config.alpha, name=f"{name}_se")
-
-
-def res_block(x, features: int, config: NetworkConfig, name: str, with_se: bool = False):
-    """Two convolutions with a shortcut, pooling, ReLU."""
+def residual_block(x, features: int, config: NetworkConfig, name: str):
+    """Two convolutions, squeeze and excitation (only rese), shortcut, pooling, ReLU."""
     shortcut = x
     if x.shape[-1] != features:
         shortcut = conv_bn(x, features, config, name=f"{name}_shortcut", width=1)
@@ -95,18 +88,10 @@ def res_block(x, features: int, config: NetworkConfig, name: str, with_se: bool 
     x = layers.ReLU(name=f"{name}_conv1_relu")(x)
     x = layers.Dropout(_BLOCK_DROPOUT, name=f"{name}_dropout")(x)
     x = conv_bn(x, features, config, name=f"{name}_conv2")
-    if with_se:
+    if config.has_excitations:
         x = squeeze_excite(x, config.alpha, name=f"{name}_se")
     x = layers.Add(name=f"{name}_add")([shortcut, x])
     return pool_relu(x, name=name)
-
-
-def rese_block(x, features: int, config: NetworkConfig, name: str):
-    """Residual block with squeeze and excitation before the shortcut is added."""
-    return res_block(x, features, config, name, with_se=True)
-
-
-_BUILD_BLOCK = {"se": se_block, "rese": rese_block, "res": res_block, "basic": basic_block}
 
 
 # --- Initial weights -----------------------------------------------------------------------------
@@ -135,7 +120,7 @@ def kernel_limit(initializer: str, kernel: tuple[int, int, int]) -> float:
 
 
 def draw_kernels(network: keras.Model, initializer: str, seed: int) -> None:
-    """Draw the initial kernels of all convolutions and dense layers (glorot_uniform).
+    """Draw the initial kernels of all convolutions (see `kernel_limit`) and dense layers (Glorot).
 
     NumPy draws the same numbers for every backend, and JAX would compile a program per shape.
 
@@ -153,10 +138,12 @@ def draw_kernels(network: keras.Model, initializer: str, seed: int) -> None:
         if isinstance(layer, layers.Conv1D):
             limit = kernel_limit(initializer, layer.kernel.shape)
         elif isinstance(layer, layers.Dense):
+            # With correct fans ("he"), the limit at width 1 is that of glorot_uniform.
             limit = kernel_limit("he", (1, *layer.kernel.shape))
         else:
             continue
         layer.kernel.assign(random.uniform(-limit, limit, layer.kernel.shape).astype("float32"))
+        # A .keras file records this initializer, not the zeros of the layer's creation.
         layer.kernel_initializer = keras.initializers.RandomUniform(-limit, limit)
 
 
@@ -184,16 +171,15 @@ def build_network(config: NetworkConfig, seed: int = 0) -> keras.Model:
     x = conv_bn(x, config.init_features, config, name="conv0", strides=3, padding="valid")
     x = layers.ReLU(name="conv0_relu")(x)  # (B, N/3, F)
 
+    build_block = globals()[BLOCKS[config.block].builder]
     outputs = []
-    for number, width in enumerate(_WIDTHS):
-        features = width * config.init_features
-        x = _BUILD_BLOCK[config.block](x, features, config, name=f"block{number}")
+    for number, width in enumerate(WIDTHS):
+        x = build_block(x, width * config.init_features, config, name=f"block{number}")
         outputs.append(x)  # (B, N/3^(number + 2), width * F)
 
-    first = NUM_BLOCKS - 3 if config.multi else NUM_BLOCKS - 1
     maxima = [
         layers.GlobalMaxPooling1D(name=f"block{number}_max")(outputs[number])
-        for number in range(first, NUM_BLOCKS)
+        for number in range(len(WIDTHS))[-3 if config.multi else -1 :]
     ]
     x = layers.Concatenate(name="multi")(maxima) if config.multi else maxima[0]  # (B, 8F or 4F)
     x = dense(x, x.shape[-1], name="hidden")
@@ -202,8 +188,7 @@ def build_network(config: NetworkConfig, seed: int = 0) -> keras.Model:
     x = layers.Dropout(config.dropout, name="hidden_dropout")(x)
     # With mixed precision, the output and the loss stay in float32.
     tags = dense(x, config.num_tags, activation="sigmoid", dtype="float32", name="tags")
-    name = f"{config.block}{'_multi' if config.multi else ''}"
-    network = keras.Model(segments, tags, name=name)
+    network = keras.Model(segments, tags, name=config.block + "_multi" * config.multi)
     draw_kernels(network, config.initializer, seed)
     return network
 
@@ -214,7 +199,7 @@ def build_excitations(network: keras.Model) -> keras.Model:
     Parameters
     ----------
     network : keras.Model
-        Network of se or rese blocks.
+        Network whose blocks contain squeeze and excitation.
 
     Returns
     -------
@@ -227,10 +212,11 @@ def build_excitations(network: keras.Model) -> keras.Model:
     UsageError
         The network has no excitations.
     """
-    names = [f"block{number}_se_excitation" for number in range(NUM_BLOCKS)]
+    names = [f"block{number}_se_excitation" for number in range(len(WIDTHS))]
     if names[0] not in {layer.name for layer in network.layers}:
+        suitable = " or ".join(name for name, block in BLOCKS.items() if block.has_excitations)
         raise UsageError(
             f"a network of {network.name.split('_')[0]} blocks has no excitations: "
-            "use a model of se or rese blocks"
+            f"use a model of {suitable} blocks"
         )
     return keras.Model(network.input, [network.get_layer(name).output for name in names])

@@ -35,8 +35,11 @@ def test_an_unknown_backend_is_an_error_of_one_line(golden):
     model = golden / "checkpoints" / "basic-multi.hdf5"
     done = subprocess.run(
         [sys.executable, str(ROOT / "eval.py"), str(model), "--data-dir", str(golden)],
-        env=os.environ | {"KERAS_BACKEND": "nonsense"}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        env=os.environ | {"KERAS_BACKEND": "nonsense"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         "eval.py: error: KERAS_BACKEND=nonsense: expected one of tensorflow, jax, torch\n"

@@ -247,7 +247,7 @@ def test_scores_of_one_clip_are_nan(golden, tmp_path, capsys):
     command = [str(model), "--data-dir", str(data_dir), "--report", str(report)]
     assert eval_script.main(command) == 0
     printed = capsys.readouterr()
-    assert f"{model}: the file names no tags: using those of {data_dir}" in printed.err
+    assert f"{model}: the file contains no tag names: using those of {data_dir}" in printed.err
     (row,) = pd.read_csv(report / "predictions.csv").iloc[:, 2:].to_numpy()
     expected = np.load(golden / "expected.npz")["se-multi/predictions"][10:]
     np.testing.assert_allclose(row, expected.mean(axis=0), atol=1e-5)

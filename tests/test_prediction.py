@@ -207,7 +207,7 @@ def test_an_hdf5_file_takes_the_tags_of_the_dataset(golden, tmp_path, capsys):
     tags = write_other_tags(data_dir)
     assert open_dataset(data_dir).tags == tags
     path = golden / "checkpoints" / "se-multi.hdf5"
-    line = f"{path}: the file names no tags: using those of {data_dir}"
+    line = f"{path}: the file contains no tag names: using those of {data_dir}"
     command = [str(path), "--data-dir", str(data_dir)]
     assert eval_script.main([*command, "--report", str(tmp_path)]) == 0
     assert line in capsys.readouterr().err.splitlines()

@@ -85,7 +85,9 @@ def test_published_log_folders_give_the_published_predictions(golden, tmp_path, 
     for name in ("se-multi", "res-nomulti"):
         model = published_stage(golden, tmp_path / name, name)
         out, said = run(capsys, model, *clips, "--json")
-        assert len(said) == 1 and said[0].startswith(f"{model}: the file names no tags: assuming")
+        assert len(said) == 1 and said[0].startswith(
+            f"{model}: the file contains no tag names: assuming"
+        )
         found = json_lines(out)
         assert [line["path"] for line in found] == list(map(str, clips))
         assert [line["segments"] for line in found] == [10, 10]

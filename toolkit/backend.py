@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from toolkit.blocks import BLOCKS
 from toolkit.errors import UsageError
 
 # Keras's backends in order of preference, and the requirements file that installs each.
@@ -56,8 +57,8 @@ def choose_jit(choice: str, block: str) -> bool:
     Parameters
     ----------
     choice : {'auto', 'on', 'off'}
-        ``auto`` always compiles on JAX, never on PyTorch, and with TensorFlow only networks of se
-        and basic blocks on a GPU (docs/performance.md; no GPU was measured).
+        ``auto`` always compiles on JAX, never on PyTorch, and with TensorFlow on a GPU where
+        `toolkit.blocks.BLOCKS` says so (docs/performance.md; no GPU was measured).
     block : str
         The network's building block.
     """
@@ -67,7 +68,7 @@ def choose_jit(choice: str, block: str) -> bool:
         return choice == "on"
     name = keras.backend.backend()
     if name == "tensorflow":
-        return block in ("se", "basic") and bool(device_names())
+        return BLOCKS[block].jit_on_gpu and bool(device_names())
     return name == "jax"
 
 

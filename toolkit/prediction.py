@@ -50,7 +50,8 @@ def load_for_dataset(
 ) -> Checkpoint:
     """Load a model to use with a dataset.
 
-    If the model file names no tags, the tags of the dataset are used and a message is printed.
+    If the model file contains no tag names, the tags of the dataset are used, and a message says
+    so.
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ def load_for_dataset(
     """
     checkpoint = load(model_path)
     if checkpoint.tags is None and checkpoint.config.num_tags == len(dataset.tags):
-        say(f"{model_path}: the file names no tags: using those of {dataset.path}")
+        say(f"{model_path}: the file contains no tag names: using those of {dataset.path}")
         checkpoint.tags = dataset.tags
     for what, of_model, of_data in (
         ("samples per segment", checkpoint.config.num_samples, dataset.num_samples),

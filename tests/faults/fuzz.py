@@ -79,10 +79,9 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-_ODD_VALUES = (
-    None, True, 0, -1, 1e308, float("nan"), float("inf"), 2**70, "", "x" * 5000, "../../etc/passwd",
-    [], {}, [[]] * 50, {"class_name": "Lambda"}, "\0", "se",
-)  # fmt: skip
+_ODD_NUMBERS = (True, 0, -1, 1e308, float("nan"), float("inf"), 2**70)
+_ODD_TEXTS = ("", "x" * 5000, "../../etc/passwd", "\0", "se")
+_ODD_VALUES = (None, [], {}, [[]] * 50, {"class_name": "Lambda"}, *_ODD_NUMBERS, *_ODD_TEXTS)
 
 
 def mutate_json(content: bytes, draw: random.Random) -> bytes:
@@ -157,9 +156,10 @@ def mutate_shard(content: bytes, draw: random.Random) -> bytes:
 def checkpoint_cases(folder: Path):
     """Return the original model files, and a function that mutates and loads one."""
     from model import build_network
+    from toolkit.blocks import BLOCKS
     from toolkit.data.annotations import MTT_TOP_TAGS
     from toolkit.models.checkpoints import Checkpoint, load, save
-    from toolkit.models.config import BLOCKS, NetworkConfig
+    from toolkit.models.config import NetworkConfig
 
     import keras
 
@@ -333,11 +333,9 @@ def fuzz(what: str, count: int, seed: int) -> dict:
         failures.append(begun | {"message": f"killed the process: {cause}"})
         outcomes["failed"] += 1
         number = begun["number"] + 1
-    return {
-        "what": what, "seed": seed, "tried": outcomes.total(), "result": outcomes["result"],
-        "refused": outcomes["refused"], "failed": outcomes["failed"], "failures": failures,
-        "seconds": round(seconds, 2), "bytes": num_bytes,
-    }  # fmt: skip
+    counts = {outcome: outcomes[outcome] for outcome in ("result", "refused", "failed")}
+    summary = {"what": what, "seed": seed, "tried": outcomes.total(), **counts}
+    return summary | {"failures": failures, "seconds": round(seconds, 2), "bytes": num_bytes}
 
 
 def main() -> int:

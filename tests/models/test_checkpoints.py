@@ -10,9 +10,10 @@ import zipfile
 from pathlib import Path
 
 from model import build_network
+from toolkit.blocks import BLOCKS
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.models.checkpoints import Checkpoint, checkpoint_name, find_best, load, save
-from toolkit.models.config import BLOCKS, NetworkConfig
+from toolkit.models.config import NetworkConfig
 
 import keras
 import numpy as np
@@ -153,7 +154,7 @@ def test_invalid_descriptions_are_refused(path, field, value, part):
     ("field", "value", "part"),
     [
         ("layers", 3, "'layers': expected one of block, multi"),
-        ("block", "dense", "block must be one of se, rese, res, basic. Received: 'dense'"),
+        ("block", "dense", f"block must be one of {', '.join(BLOCKS)}. Received: 'dense'"),
         ("init_features", 2.5, "init_features must be an integer from 1"),
         ("init_features", "128", "Received: '128'"),
         ("init_features", -1, "Received: -1"),
@@ -281,8 +282,11 @@ def test_full_size_network_loads_in_bounded_memory(tmp_path):
     save(path, Checkpoint(build_network(config), config, MTT_TOP_TAGS))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_FULL_SIZE), str(ROOT), str(path)],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     count, memory = map(int, done.stdout.split())
     assert count == 24_749_618

@@ -108,13 +108,16 @@ def test_onnxruntime_computes_the_published_outputs(golden, tmp_path, name):
     assert [found.name for found in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize(("block", "suffix"), [
-    ("rese", ".onnx"),
-    ("se", ".savedmodel"),
-    pytest.param("se", ".tflite", marks=pytest.mark.slow),
-    pytest.param("rese", ".savedmodel", marks=pytest.mark.slow),
-    pytest.param("rese", ".tflite", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("block", "suffix"),
+    [
+        ("rese", ".onnx"),
+        ("se", ".savedmodel"),
+        pytest.param("se", ".tflite", marks=pytest.mark.slow),
+        pytest.param("rese", ".savedmodel", marks=pytest.mark.slow),
+        pytest.param("rese", ".tflite", marks=pytest.mark.slow),
+    ],
+)
 def test_exports_equal_the_network_at_any_batch_size(tmp_path, block, suffix):
     if suffix == ".tflite":
         pytest.importorskip("ai_edge_litert")

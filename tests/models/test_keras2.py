@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from model import build_excitations
+from toolkit.blocks import BLOCKS
 from toolkit.models.checkpoints import load
 
 import h5py
@@ -62,8 +63,11 @@ def test_published_networks_compute_the_published_outputs_on_other_backends(back
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
         env=os.environ | {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout
     assert f"{len(GOLDEN_NAMES)} passed" in done.stdout
 
@@ -106,9 +110,11 @@ def test_number_of_tags_is_inferred(golden, old_file):
     np.testing.assert_allclose(predictions, expected, atol=1e-5)
 
 
-def test_h5_file_of_keras_3_is_read(tmp_path):
+@pytest.mark.parametrize("block", BLOCKS)
+def test_h5_file_of_keras_3_is_read(tmp_path, block):
     # An alpha of 1.5 gives 4, 9 and 18 hidden units for 3, 6 and 12 channels.
-    checkpoint = small_checkpoint("rese", multi=False, alpha=1.5)
+    alpha = 1.5 if BLOCKS[block].has_excitations else 16
+    checkpoint = small_checkpoint(block, multi=False, alpha=alpha)
     checkpoint.network.save(tmp_path / "network.h5")
     loaded = load(tmp_path / "network.h5")
     assert loaded.config == checkpoint.config

@@ -28,7 +28,9 @@ def test_published_model_becomes_keras_with_the_tags_of_magnatagatune(published,
     printed = capsys.readouterr()
     assert printed.out == ""
     assumed, model, written = printed.err.splitlines()
-    assert assumed.startswith(f"{published}: the file names no tags: assuming MagnaTagATune's 50")
+    assert assumed.startswith(
+        f"{published}: the file contains no tag names: assuming MagnaTagATune's 50"
+    )
     assert model == f"{published}: se blocks, multi-level, 4 features, 50 tags"
     assert re.fullmatch(rf"{re.escape(str(path))}: [\d.]+ kB", written)
     converted, expected = load(path), load(published)
@@ -79,7 +81,7 @@ def test_tags_do_not_replace_those_in_the_file(published, tmp_path, capsys):
         (None, "No such file or directory"),
         (b"\xff\xfe\x00", "expected one tag per line, or a manifest.json"),
         (b'{"tags": 3}', "expected one tag per line, or a manifest.json"),
-        (b"\n\n", "the file names no tags"),
+        (b"\n\n", "the file contains no tag names"),
         (b"guitar\nslow\n", r"2 tags, but \S+se-multi.hdf5 has 50 outputs"),
     ],
 )

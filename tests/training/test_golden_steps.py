@@ -124,14 +124,13 @@ def test_steps_with_tensorflow(name, jit):
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_steps_with_other_backends(backend):
     pytest.importorskip(backend)
+    environment = {"KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     finished = subprocess.run(
         [sys.executable, __file__],
-        env=os.environ | {
-            "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True, text=True,
-    )  # fmt: skip
+        env=os.environ | environment | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     found = json.loads(finished.stdout.splitlines()[-1])
     assert found.pop("backend") == backend

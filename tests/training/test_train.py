@@ -416,7 +416,7 @@ def test_dropout_and_weight_decay_may_change(tiny_dataset, trained, log, capsys)
 def test_published_log_folder(golden, tmp_path, capsys):
     """The next stage starts from a published checkpoint; its own stage continues from it.
 
-    The checkpoint names no tags, and the tags of the dataset are not MagnaTagATune's.
+    The checkpoint contains no tag names, and the tags of the dataset are not MagnaTagATune's.
     """
     folder = tmp_path / "data" / "tfrecord"
     shutil.copytree(golden / "tfrecord", folder)
@@ -432,7 +432,9 @@ def test_published_log_folder(golden, tmp_path, capsys):
     more = ("--initial-stage", 1, "--num-lr-decays", 2)
     assert train.main(arguments(tmp_path / "data", log, *options, *more)) == 0
     said = capsys.readouterr().err
-    assert f"{published}: the file names no tags: using those of {tmp_path / 'data'}\n" in said
+    assert (
+        f"{published}: the file contains no tag names: using those of {tmp_path / 'data'}\n" in said
+    )
     assert "stage 1: learning rate 2e-31, from epoch 0\n" in said
     kernel, expected = (weights_of(path)[0] for path in (log / "1" / "resume.keras", published))
     np.testing.assert_array_equal(kernel, expected)

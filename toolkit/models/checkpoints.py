@@ -10,6 +10,7 @@ import json
 import re
 import reprlib
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _DESCRIPTION_NAME = "network.json"
 _DESCRIPTION_FORMAT = 1
 _WEIGHTS_NAME = "model.weights.h5"
+# Enough for the names of 100,000 tags and the history of any training.
 _MAX_DESCRIPTION_BYTES = 2**24
 
 _CHECKPOINT_NAME = re.compile(r"ckpt-e(\d{3,})-l(\d+\.\d+)\.(keras|hdf5)")
@@ -38,12 +40,13 @@ class Checkpoint:
 
     Attributes
     ----------
-    network : keras.Model
-        Not compiled.
+    network : keras.Model or OnnxNetwork
+        A Keras model that is not compiled, or an exported one (see `toolkit.models.onnx_file`).
     config : NetworkConfig
         Hyper-parameters of the network.
     tags : tuple of str or None
-        Names of the outputs in order; None if the file names no tags, such as an ``.hdf5`` file.
+        Names of the outputs in order; None if the file contains no tag names, such as an ``.hdf5``
+        file.
     sample_rate : int
         Sample rate of the segments, in Hz.
     training : dict
@@ -190,7 +193,7 @@ def check_description(
     -------
     config : NetworkConfig
     tags : tuple of str or None
-        None if the file names no tags.
+        None if the file contains no tag names.
     sample_rate : int
         In Hz.
 
@@ -276,11 +279,11 @@ def _read_member(path: Path, name: str, max_bytes: int) -> bytes:
 
 def _class_places(network) -> dict:
     """Return each layer's place in a Keras 3 weights file: its class name and a running number."""
-    counts = {}
+    counts = Counter()
     places = {}
     for layer in network.layers:
-        name = re.sub(r"([a-z])([A-Z])", r"\1_\2", type(layer).__name__)
-        name = {"Conv1D": "conv1d", "ReLU": "re_lu"}.get(type(layer).__name__, name).lower()
-        number = counts[name] = counts.get(name, -1) + 1
-        places[layer] = f"{name}_{number}" if number else name
+        # As in Keras: Conv1D becomes conv1d, and the second ReLU becomes re_lu_1.
+        name = re.sub(r"([a-z])([A-Z])", r"\1_\2", type(layer).__name__).lower()
+        places[layer] = f"{name}_{counts[name]}" if counts[name] else name
+        counts[name] += 1
     return places

@@ -4,14 +4,15 @@ import reprlib
 from dataclasses import asdict, dataclass
 
 from toolkit import cli
+from toolkit.blocks import BLOCKS
 from toolkit.cli import option
 from toolkit.data.audio import SAMPLES_PER_SEGMENT
 from toolkit.errors import UsageError
 
-BLOCKS = ("se", "rese", "res", "basic")
 INITIALIZERS = ("published", "he")
-_CHOICES = {"block": BLOCKS, "initializer": INITIALIZERS, "multi": (True, False)}
-# Type, smallest and largest value. The largest values only exclude damaged model files.
+_CHOICES = {"block": tuple(BLOCKS), "initializer": INITIALIZERS, "multi": (True, False)}
+# Type, smallest and largest value. The largest values are far beyond useful ones: they keep damaged
+# model files from allocating too much memory.
 _LIMITS = {
     "alpha": (int | float, 0, 256),
     "init_features": (int, 1, 4096),
@@ -27,31 +28,33 @@ _LIMITS = {
 class NetworkConfig:
     """Hyper-parameters that select one of the paper's networks."""
 
-    block: str = option("se", "building block", group="network", choices=BLOCKS)
+    # fmt: off
+    block: str = option("se", "building block", group="network", choices=tuple(BLOCKS))
     multi: bool = option(
         True, "use only the output of the last block instead of aggregating the last three",
         group="network", flag="--no-multi",
-    )  # fmt: skip
+    )
     alpha: float = option(
         16.0, "width of an SE block's hidden layer relative to its input",
         group="network", type=cli.positive_float, metavar="A",
-    )  # fmt: skip
+    )
     init_features: int = option(
         128, "features of the first convolution; the blocks have 1, 2 and 4 times as many",
         group="network", type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+    )
     initializer: str = option(
         "published", "initial weights of the convolutions: the published program's, which are "
         "smaller and train better, or he_uniform (see model.kernel_limit)",
         group="network", choices=INITIALIZERS,
-    )  # fmt: skip
+    )
     dropout: float = option(
-        0.5, "dropout rate before the output layer", group="network", type=cli.rate, metavar="DO"
+        0.5, "dropout rate before the output layer", group="network", type=cli.rate, metavar="DO",
     )
     weight_decay: float = option(
         0.0, "L2 penalty of the convolution kernels",
         group="network", type=cli.non_negative_float, metavar="WD",
-    )  # fmt: skip
+    )
+    # fmt: on
     # Taken from the dataset, not from options.
     num_tags: int = 50
     num_samples: int = SAMPLES_PER_SEGMENT
@@ -78,7 +81,7 @@ class NetworkConfig:
     @property
     def has_excitations(self) -> bool:
         """Whether the blocks contain squeeze and excitation."""
-        return self.block in ("se", "rese")
+        return BLOCKS[self.block].has_excitations
 
     def to_json(self) -> dict:
         """Return the fields as a JSON-serialisable dict."""

@@ -10,20 +10,21 @@ import struct
 import zipfile
 from pathlib import Path
 
+from toolkit.blocks import WIDTHS
 from toolkit.errors import CheckpointError
 from toolkit.models.config import NetworkConfig
 
 import numpy as np
 
+# Far beyond what networks need: the largest array of a published network has 17 MB, and the
+# golden checkpoints contain up to 506 groups and arrays, nested 4 deep.
 _MAX_ARRAY_BYTES = 2**31
 _MAX_OBJECTS = 100_000
 _MAX_DEPTH = 16
 
 # Exceptions that zipfile, json and h5py raise on damaged files.
-DAMAGE = (
-    zipfile.BadZipFile, OSError, EOFError, KeyError, RuntimeError, ValueError, TypeError,
-    OverflowError, struct.error,
-)  # fmt: skip
+DAMAGE = (zipfile.BadZipFile, struct.error, OSError, EOFError, KeyError)
+DAMAGE += (RuntimeError, ValueError, TypeError, OverflowError)
 
 
 def open_hdf5(path: Path, content: bytes | None = None):
@@ -74,7 +75,9 @@ def list_arrays(file, path: str | Path) -> dict:
                 num_objects += 1
                 link = group.get(name, getlink=True)
                 if num_objects > _MAX_OBJECTS or prefix.count("/") > _MAX_DEPTH:
-                    raise CheckpointError(f"{path}: contains more objects than any network")
+                    raise CheckpointError(
+                        f"{path}: more than {_MAX_OBJECTS:,} objects, or groups nested too deeply"
+                    )
                 if not isinstance(link, h5py.HardLink):
                     raise CheckpointError(
                         f"{path}: {prefix}{name} is a link: links are not allowed"
@@ -160,7 +163,7 @@ def check_sizes(config: NetworkConfig, datasets: dict, path: Path) -> None:
         The file is too small for the network.
     """
     # A lower bound: the largest kernels of the last block, and the output layer.
-    width = 4 * config.init_features
+    width = WIDTHS[-1] * config.init_features
     num_numbers = 1.5 * width**2 + width * config.num_tags
     if config.has_excitations:
         num_numbers += width * int(width * config.alpha) * 2

@@ -58,14 +58,15 @@ def build_onnx(checkpoint: Checkpoint) -> "onnx.ModelProto":
     network = checkpoint.network
     for layer in network.operations:
         graph.add(layer)
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     graph.node("Identity", [graph.names[id(network.output)]], "tags")
+    helper = onnx.helper
     inputs, outputs = (
-        [helper.make_tensor_value_info(name, kind, ["batch", size])]
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", size])]
         for name, size in (
-            ("segments", checkpoint.config.num_samples), ("tags", len(checkpoint.tags)),
+            ("segments", checkpoint.config.num_samples),
+            ("tags", len(checkpoint.tags)),
         )
-    )  # fmt: skip
+    )
     model = helper.make_model(
         helper.make_graph(graph.nodes, network.name, inputs, outputs, graph.arrays),
         opset_imports=[helper.make_opsetid("", _OPSET)],
@@ -130,11 +131,11 @@ class _Graph:
         missing = 0
         if layer.padding == "same":
             missing = max(0, (-(-frames // stride) - 1) * stride + width - frames)
-        arrays = self.weights(layer, "kernel", "bias")
+        sizes = {"kernel_shape": [width], "strides": [stride]}
+        sizes["pads"] = [missing // 2, missing - missing // 2]
         return self.node(
-            "Conv", [*inputs, *arrays], layer.name,
-            kernel_shape=[width], strides=[stride], pads=[missing // 2, missing - missing // 2],
-        )  # fmt: skip
+            "Conv", [*inputs, *self.weights(layer, "kernel", "bias")], layer.name, **sizes
+        )
 
     def _batchnormalization(self, layer, inputs):
         arrays = self.weights(layer, "gamma", "beta", "moving_mean", "moving_variance")

@@ -20,7 +20,7 @@ def read_tags(path: str | Path) -> tuple[str, ...]:
     Raises
     ------
     UsageError
-        The file cannot be read or names no tags.
+        The file cannot be read or contains no names.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -33,7 +33,7 @@ def read_tags(path: str | Path) -> tuple[str, ...]:
             f"--tags {path}: expected one tag per line, or a manifest.json: {error}"
         ) from None
     if not tags:
-        raise UsageError(f"--tags {path}: the file names no tags")
+        raise UsageError(f"--tags {path}: the file contains no tag names")
     return tags
 
 
@@ -50,7 +50,7 @@ def choose_tags(
         The loaded model.
     tags_path : str or Path or None
         File that names the tags (see `read_tags`), or None for the tags of the model. If the
-        model's file names no tags, MagnaTagATune's 50 are assumed and a message is printed.
+        model's file contains no tag names, MagnaTagATune's 50 are assumed and a message is printed.
 
     Raises
     ------
@@ -71,11 +71,11 @@ def choose_tags(
         return checkpoint.tags
     if num_tags != len(MTT_TOP_TAGS):
         raise UsageError(
-            f"{model_path}: the file names no tags for its {num_tags} outputs: name them with "
-            "--tags FILE"
+            f"{model_path}: the file contains no tag names for its {num_tags} outputs: name them "
+            "with --tags FILE"
         )
     say(
-        f"{model_path}: the file names no tags: assuming MagnaTagATune's {num_tags}; --tags FILE "
-        "replaces them"
+        f"{model_path}: the file contains no tag names: assuming MagnaTagATune's {num_tags}; "
+        "--tags FILE replaces them"
     )
     return MTT_TOP_TAGS
