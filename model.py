@@ -73,14 +73,19 @@ def squeeze_excite(x, alpha: float, name: str):
 # --- Blocks: (B, N, C) -> (B, N/3, features) -----------------------------------------------------
 
 
-def plain_block(x, features: int, config: NetworkConfig, name: str):
-    """Convolution, pooling, ReLU (basic); then squeeze and excitation (se)."""
-    x = pool_relu(conv_bn(x, features, config, name=f"{name}_conv1"), name=name)
-    return squeeze_excite(x, config.alpha, name=f"{name}_se") if config.has_excitations else x
+def basic_block(x, features: int, config: NetworkConfig, name: str):
+    """Convolution, pooling, ReLU."""
+    return pool_relu(conv_bn(x, features, config, name=f"{name}_conv1"), name=name)
 
 
-def residual_block(x, features: int, config: NetworkConfig, name: str):
-    """Two convolutions, squeeze and excitation (only rese), shortcut, pooling, ReLU."""
+def se_block(x, features: int, config: NetworkConfig, name: str):
+    """Basic block with squeeze and excitation."""
+    x = basic_block(x, features, config, name)
+    return squeeze_excite(x, config.alpha, name=f"{name}_se")
+
+
+def res_block(x, features: int, config: NetworkConfig, name: str, with_se: bool = False):
+    """Two convolutions with a shortcut, pooling, ReLU."""
     shortcut = x
     if x.shape[-1] != features:
         shortcut = conv_bn(x, features, config, name=f"{name}_shortcut", width=1)
@@ -88,10 +93,18 @@ def residual_block(x, features: int, config: NetworkConfig, name: str):
     x = layers.ReLU(name=f"{name}_conv1_relu")(x)
     x = layers.Dropout(_BLOCK_DROPOUT, name=f"{name}_dropout")(x)
     x = conv_bn(x, features, config, name=f"{name}_conv2")
-    if config.has_excitations:
+    if with_se:
         x = squeeze_excite(x, config.alpha, name=f"{name}_se")
     x = layers.Add(name=f"{name}_add")([shortcut, x])
     return pool_relu(x, name=name)
+
+
+def rese_block(x, features: int, config: NetworkConfig, name: str):
+    """Residual block with squeeze and excitation before the shortcut is added."""
+    return res_block(x, features, config, name, with_se=True)
+
+
+_BUILDERS = {"se": se_block, "rese": rese_block, "res": res_block, "basic": basic_block}
 
 
 # --- Initial weights -----------------------------------------------------------------------------
@@ -171,10 +184,10 @@ def build_network(config: NetworkConfig, seed: int = 0) -> keras.Model:
     x = conv_bn(x, config.init_features, config, name="conv0", strides=3, padding="valid")
     x = layers.ReLU(name="conv0_relu")(x)  # (B, N/3, F)
 
-    build_block = globals()[BLOCKS[config.block].builder]
     outputs = []
     for number, width in enumerate(WIDTHS):
-        x = build_block(x, width * config.init_features, config, name=f"block{number}")
+        features = width * config.init_features
+        x = _BUILDERS[config.block](x, features, config, name=f"block{number}")
         outputs.append(x)  # (B, N/3^(number + 2), width * F)
 
     maxima = [

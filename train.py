@@ -235,8 +235,11 @@ def _report_ignored(dataset: Dataset, options: IgnoredOptions) -> None:
             ("num_audios_per_shard", clips, shards, "clips per shard"),
         ):
             given = getattr(options, name)
+            if not (given and parts and wholes):
+                continue
             # build_mtt.py makes as many shards as the clips fill completely, but at least one.
-            if given and parts and wholes and max(1, parts // given) != wholes:
+            is_shard = name == "num_audios_per_shard"
+            if (max(1, parts // given) if is_shard else parts / given) != wholes:
                 has = f"{dataset.path} has {parts / wholes:.3g} {unit}"
                 lines.setdefault(name, f"--{name.replace('_', '-')} {given}: ignored: {has}")
     for line in lines.values():

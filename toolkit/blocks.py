@@ -13,7 +13,6 @@ SE = ("se_fc", "se_excitation")
 class Block(NamedTuple):
     """What distinguishes a building block."""
 
-    builder: str  # function of model.py
     layers: tuple[str, ...]  # a part of CONVOLUTIONS and SE, in this order
     # Whether TensorFlow compiles networks on one GPU with XLA by default (docs/performance.md).
     jit_on_gpu: bool
@@ -25,8 +24,8 @@ class Block(NamedTuple):
 
 
 BLOCKS = {
-    "se": Block("plain_block", ("conv1", *SE), True),
-    "rese": Block("residual_block", ("shortcut", "conv1", "conv2", *SE), False),
-    "res": Block("residual_block", ("shortcut", "conv1", "conv2"), False),
-    "basic": Block("plain_block", ("conv1",), True),
+    "se": Block(("conv1", *SE), True),
+    "rese": Block(("shortcut", "conv1", "conv2", *SE), False),
+    "res": Block(("shortcut", "conv1", "conv2"), False),
+    "basic": Block(("conv1",), True),
 }
