@@ -5,31 +5,29 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from model import build_network
 from toolkit.models.config import NetworkConfig
-from tools import benchmark, measurements
+from tools import benchmark
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--block", "basic", "--init-features", "2", "--batch-size", "4", "--repeats", "1")
-# Python imports sitecustomize from PYTHONPATH at start-up. This version hides TensorFlow, and
-# shortens repeats as `short_repeats` does.
+# Python imports sitecustomize from PYTHONPATH at start-up. This version hides TensorFlow.
 SITECUSTOMIZE = """
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
 def find_others(name, *arguments):
     return None if name.split(".")[0] == "tensorflow" else find_spec(name, *arguments)
 PathFinder.find_spec = find_others
-from tools import measurements
-measurements._REPEAT_SECONDS = 0
 """
 
 
 @pytest.fixture(autouse=True)
 def short_repeats(monkeypatch):
-    monkeypatch.setattr(measurements, "_REPEAT_SECONDS", 0)
+    monkeypatch.setattr(benchmark, "_REPEAT_SECONDS", 0)
 
 
 def read_figures(path):
@@ -44,12 +42,14 @@ def test_number_of_operations_equals_that_computed_by_hand():
         flops += 2 * frames * 3 * width * features
         frames, width = frames // 3, features
     flops += 2 * (8 * 8 + 8 * 7)
-    assert measurements.count_flops(network) == flops
+    assert benchmark.count_flops(network) == flops
 
 
-def test_a_figure_has_median_range_and_share_of_the_limit():
-    figure = measurements.summarise("train", "se", "segments/s", [3.0, 1.0, 2.0], limit=8.0)
-    assert (figure.lowest, figure.median, figure.highest, figure.share) == (1.0, 2.0, 3.0, 0.25)
+def test_a_figure_has_median_range_and_share_of_the_limit(monkeypatch):
+    moments = iter([0, 1, 0, 4, 0, 2, 0, 1])  # start and end of the calls after the first
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    figure = benchmark.measure("train", "se", "segments/s", lambda: None, 8, repeats=3, limit=16)
+    assert (figure.lowest, figure.median, figure.highest, figure.share) == (2, 4, 8, 0.25)
 
 
 def test_decoding_and_reading_are_measured_and_written_as_json(tiny_dataset, tmp_path, capsys):
@@ -59,8 +59,7 @@ def test_decoding_and_reading_are_measured_and_written_as_json(tiny_dataset, tmp
     figures = read_figures(path)
     assert [(figure["stage"], figure["share"] is not None) for figure in figures] == [
         ("decode", False),
-        *[("machine", False), ("input", True), ("input", True)],  # one thread, also first epoch
-        *[("machine", False), ("input", True)] * 2,
+        *[("machine", False), ("input", True)] * 3,  # for each number of threads
     ]
     assert all(0 < figure["lowest"] <= figure["median"] <= figure["highest"] for figure in figures)
     printed = capsys.readouterr().out
@@ -72,7 +71,7 @@ def test_a_failure_does_not_end_the_other_measurements(monkeypatch, tmp_path):
     def fail(*arguments):
         raise MemoryError("in a layer:\n\nout of memory")
 
-    monkeypatch.setattr(measurements, "_train_call", fail)
+    monkeypatch.setattr(benchmark, "_train_call", fail)
     path = tmp_path / "figures.json"
     arguments = ["train", "predict", *SMALL, "--jit", "off", "--json", str(path)]
     assert benchmark.main(arguments) == 1
