@@ -21,7 +21,8 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from toolkit import cli, messages
@@ -31,63 +32,36 @@ from toolkit.errors import UsageError
 from toolkit.files import write_atomically
 from toolkit.signals import stop_on_signals
 from toolkit.workers import local_workers, run_tasks
-from tools import demo_recipes
-from tools.demo_recipes import FIELD_RECORDING, INSTRUMENTS, MORE_TAGS, RECIPES, Recipe
-from tools.demo_synthesis import SAMPLE_RATE, Score, synthesise
+from tools import demo_recipes as recipes
+from tools.demo_recipes import INSTRUMENTS, LEVELS, RECIPES, TEMPOS
+from tools.demo_synthesis import SAMPLE_RATE, synthesise
 
 import numpy as np
-from numpy.random import Generator, default_rng
+from numpy.random import default_rng
 
-TRAIN_FOLDERS, VALIDATION_FOLDERS, TEST_FOLDERS = "0123456789ab", "c", "def"
+# Folders of the clips, in turn. Of 18 clips, 12 are for training, 3 for validation and 3 for test,
+# in an order in which each recipe occurs in all splits.
+FOLDERS = "012c345d678e9fabcc"
 MIN_CLIPS = 16  # one per folder
-VALIDATION_SHARE = 1 / 6  # higher than in MagnaTagATune: each tag needs several clips per split
-FIELD_RECORDING_SHARE = 1 / 40  # of each split
-
-# The tag columns of MagnaTagATune's annotations_final.csv, in their order.
-MTT_TAGS = tuple(
-    """
-    no voice, singer, duet, plucking, hard rock, world, bongos, harpsichord, female singing,
-    clasical, sitar, chorus, female opera, male vocal, vocals, clarinet, heavy, silence, beats,
-    men, woodwind, funky, no strings, chimes, foreign, no piano, horns, classical, female,
-    no voices, soft rock, eerie, spacey, jazz, guitar, quiet, no beat, banjo, electric, solo,
-    violins, folk, female voice, wind, happy, ambient, new age, synth, funk, no singing,
-    middle eastern, trumpet, percussion, drum, airy, voice, repetitive, birds, space, strings,
-    bass, harpsicord, medieval, male voice, girl, keyboard, acoustic, loud, classic, string,
-    drums, electronic, not classical, chanting, no violin, not rock, no guitar, organ, no vocal,
-    talking, choral, weird, opera, soprano, fast, acoustic guitar, electric guitar, male singer,
-    man singing, classical guitar, country, violin, electro, reggae, tribal, dark, male opera,
-    no vocals, irish, electronica, horn, operatic, arabic, lol, low, instrumental, trance, chant,
-    strange, drone, synthesizer, heavy metal, modern, disco, bells, man, deep, fast beat,
-    industrial, hard, harp, no flute, jungle, pop, lute, female vocal, oboe, mellow, orchestral,
-    viola, light, echo, piano, celtic, male vocals, orchestra, eastern, old, flutes, punk,
-    spanish, sad, sax, slow, male, blues, vocal, indian, no singer, scary, india, woman,
-    woman singing, rock, dance, piano solo, guitars, no drums, jazzy, singing, cello, calm,
-    female vocals, voices, different, techno, clapping, house, monks, flute, not opera,
-    not english, oriental, beat, upbeat, soft, noise, choir, female singer, rap, metal, hip hop,
-    quick, water, baroque, women, fiddle, english
-    """.strip()
-    .replace(",\n    ", ", ")
-    .split(", ")
-)
+TAG_PROBABILITY = 0.95  # real listeners sometimes omit a tag
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Options:
     """Options of the command line."""
 
     clips: int = option(
         240, f"number of clips, at least {MIN_CLIPS}; with 160 or more, each of the 50 tags occurs",
-        group="data", type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+        group="data", type=cli.positive_int, metavar="N")
     seed: int = option(
         0, "random seed; the same seed gives the same bytes",
-        group="data", type=cli.non_negative_int, metavar="N",
-    )  # fmt: skip
+        group="data", type=cli.non_negative_int, metavar="N")
     num_workers: int | None = option(
         None, "worker processes", shown="one per core",
-        group="machine", type=cli.positive_int, metavar="N",
-    )  # fmt: skip
+        group="machine", type=cli.positive_int, metavar="N")
     out: str = option("demo/dataset", "folder to write to", group="output", metavar="PATH")
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -95,93 +69,62 @@ class Clip:
     """A planned clip."""
 
     clip_id: int
-    mp3_path: str  # such as c/artist_c-demo-001-nocturne-0-29.mp3
-    recipe: Recipe  # with tempo and level
+    mp3_path: str  # such as c/artist_c-demo-013-partita-0-29.mp3
+    instruments: tuple[str, ...]  # keys of INSTRUMENTS
+    tempo: str  # key of TEMPOS
+    level: str  # key of LEVELS
     tags: frozenset[str]
     seed: tuple[int, ...]  # of the samples
+
+
+@cache
+def tag_columns() -> tuple[str, ...]:
+    """Return the 188 tag columns of MagnaTagATune's annotations_final.csv, in their order."""
+    return tuple(Path(__file__).with_name("mtt_tags.txt").read_text("ascii").splitlines())
 
 
 def plan_clips(num_clips: int = Options.clips, seed: int = Options.seed) -> list[Clip]:
     """Select path, recipe and tags of each clip; return the clips by ascending clip id."""
     if num_clips < MIN_CLIPS:
         raise UsageError(f"--clips must be at least {MIN_CLIPS}, one per folder; got {num_clips}")
-    random = default_rng((seed, 0))
-    placed = _place_recipes(num_clips, random)
-    clip_ids = np.cumsum(1 + random.geometric(1 / 100, num_clips))  # with gaps, as the real ids
-    given_rare = set()
-    clips = []
-    for index, clip_id in enumerate(clip_ids):
-        folder, recipe = placed[index]
-        recipe = replace(
-            recipe,
-            tempo=recipe.tempo or str(random.choice(list(demo_recipes.TEMPOS))),
-            level=recipe.level or str(random.choice(list(demo_recipes.LEVELS))),
-        )
-        tags = _draw_tags(recipe, random)
-        rare = tags - set(MTT_TOP_TAGS)
-        tags -= given_rare  # a tag outside the 50 is given to only one clip
-        given_rare |= rare
-        clips.append(
-            Clip(
-                clip_id=int(clip_id),
-                mp3_path=f"{folder}/artist_{folder}-demo-{index + 1:03d}-{recipe.title}-0-29.mp3",
-                recipe=recipe,
-                tags=frozenset(tags),
-                seed=(seed, 1, index),
-            )
-        )
-    return clips
+    return [_plan_clip(index, seed) for index in range(num_clips)]
 
 
-def _place_recipes(num_clips: int, random: Generator) -> list[tuple[str, Recipe]]:
-    """Return folder and recipe of each clip; all recipes are about equally frequent in a split."""
-    num_validation = min(int(num_clips * VALIDATION_SHARE), num_clips - MIN_CLIPS + 1)
-    others = TRAIN_FOLDERS + TEST_FOLDERS
-    folders = [others[index % len(others)] for index in range(num_clips - num_validation)]
-    folders += VALIDATION_FOLDERS * num_validation
-    placed = []
-    for split in TRAIN_FOLDERS, VALIDATION_FOLDERS, TEST_FOLDERS:
-        of_split = [folder for folder in folders if folder in split]
-        num_recordings = int(len(of_split) * FIELD_RECORDING_SHARE)
-        recipes = [FIELD_RECORDING] * num_recordings
-        while len(recipes) < len(of_split):
-            recipes += [RECIPES[index] for index in random.permutation(len(RECIPES))]
-        of_split = [of_split[index] for index in random.permutation(len(of_split))]
-        placed += zip(of_split, recipes, strict=False)
-    return [placed[index] for index in random.permutation(num_clips)]
-
-
-def _draw_tags(recipe: Recipe, random: Generator) -> set[str]:
-    """Return the tags that fit a recipe; each tag is omitted with a small probability."""
-    heard = [*recipe.instruments, *recipe.genres]
-    if recipe.title != FIELD_RECORDING.title:
-        heard += [recipe.tempo, recipe.level]
-        if not any("singing" in MORE_TAGS.get(name, ()) for name in recipe.instruments):
-            heard.append("no singer")
-    if len(recipe.instruments) == 1 and recipe.instruments[0] in demo_recipes.SOLO_INSTRUMENTS:
-        heard.append("solo")
-    fitting = {tag for what in heard for tag in (what, *MORE_TAGS.get(what, ()))}
-    # Draw in the order of columns: the order of a set differs between processes.
-    return {
-        tag for tag in MTT_TAGS if tag in fitting and random.random() < demo_recipes.TAG_PROBABILITY
-    }
+def _plan_clip(index: int, seed: int) -> Clip:
+    random = default_rng((seed, index, 0))
+    title, words = list(RECIPES.items())[index % len(RECIPES)]
+    parts = [part for word in words for part in recipes.GROUPS.get(word, (word,))]
+    instruments = tuple(part for part in parts if part in INSTRUMENTS)
+    tempo, level = (
+        next((word for word in words if word in choices), str(random.choice([*choices])))
+        for choices in (TEMPOS, LEVELS)
+    )
+    heard = {*words, tempo, level}
+    if not heard & recipes.SINGERS:
+        heard.add("no vocals")
+    if len(instruments) == 1 and heard & recipes.SOLO_INSTRUMENTS:
+        heard.add("solo")
+    if title == "rain":
+        heard = {*words}
+    fitting = {tag for word in heard for tag in (word, *recipes.MORE_TAGS.get(word, ()))}
+    # Only the first clip of a recipe has tags outside the 50, so that these are more frequent. The
+    # order of a set differs between processes, that of columns does not.
+    columns = tag_columns() if index < len(RECIPES) else MTT_TOP_TAGS
+    tags = [tag for tag in columns if tag in fitting and random.random() < TAG_PROBABILITY]
+    folder = FOLDERS[index % len(FOLDERS)]
+    mp3_path = f"{folder}/artist_{folder}-demo-{index + 1:03d}-{title}-0-29.mp3"
+    clip_id = 2 + 107 * index  # with gaps, as the real ids
+    return Clip(clip_id, mp3_path, instruments, tempo, level, frozenset(tags), (seed, index, 1))
 
 
 def synthesise_clip(clip: Clip) -> np.ndarray:
     """Compute the samples of a clip; see `demo_synthesis.synthesise`."""
-    recipe = clip.recipe
     random = default_rng(clip.seed)
-    slowest, fastest, notes_per_beat = demo_recipes.TEMPOS[recipe.tempo]
-    score = Score(
-        root=int(random.integers(48, 60)),
-        scale=(demo_recipes.MAJOR, demo_recipes.MINOR)[random.integers(2)],
-        chords=demo_recipes.PROGRESSIONS[random.integers(len(demo_recipes.PROGRESSIONS))],
-        beat=60 / random.uniform(slowest, fastest),
-        notes_per_beat=notes_per_beat,
-    )
-    instruments = [INSTRUMENTS[name] for name in recipe.instruments]
-    rms = random.uniform(*demo_recipes.LEVELS[recipe.level])
-    return synthesise(instruments, score, rms, random)
+    slowest, fastest, notes_per_beat = TEMPOS[clip.tempo]
+    beat = 60 / random.uniform(slowest, fastest)
+    rms = random.uniform(*LEVELS[clip.level])
+    instruments = [INSTRUMENTS[name] for name in clip.instruments]
+    return synthesise(instruments, beat, notes_per_beat, rms, random)
 
 
 def encode_mp3(samples: np.ndarray) -> bytes:
@@ -199,9 +142,8 @@ def encode_mp3(samples: np.ndarray) -> bytes:
         stream.codec_context.format = "fltp"
         frame = av.AudioFrame.from_ndarray(samples[np.newaxis, :], format="fltp", layout="mono")
         frame.sample_rate = SAMPLE_RATE
-        frame.pts = 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        for each in (frame, None):
+            container.mux(stream.encode(each))
     return file.getvalue()
 
 
@@ -209,25 +151,20 @@ def encode_annotations(clips: list[Clip]) -> bytes:
     """Return the content of ``annotations_final.csv`` in MagnaTagATune's format."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\r\n")
-    writer.writerow((CLIP_ID, *MTT_TAGS, MP3_PATH))
+    writer.writerow((CLIP_ID, *tag_columns(), MP3_PATH))
     for clip in clips:
-        labels = (int(tag in clip.tags) for tag in MTT_TAGS)
+        labels = (int(tag in clip.tags) for tag in tag_columns())
         writer.writerow((clip.clip_id, *labels, clip.mp3_path))
     return file.getvalue().encode("ascii")
 
 
-def make_demo_dataset(options: Options) -> list[Clip]:
+def make_demo_dataset(options: Options) -> None:
     """Write the MP3s of the dataset, then its annotations.
 
     Parameters
     ----------
     options : Options
         Options of the command line.
-
-    Returns
-    -------
-    list of Clip
-        The clips, by ascending clip id.
 
     Raises
     ------
@@ -237,9 +174,9 @@ def make_demo_dataset(options: Options) -> list[Clip]:
     """
     clips = plan_clips(options.clips, options.seed)
     mp3_dir = Path(options.out) / "mp3"
-    for folder in TRAIN_FOLDERS + VALIDATION_FOLDERS + TEST_FOLDERS:
+    for folder in FOLDERS:
         (mp3_dir / folder).mkdir(parents=True, exist_ok=True)
-    tasks = [(mp3_dir / clip.mp3_path, clip) for clip in clips]
+    tasks = {mp3_dir / clip.mp3_path: clip for clip in clips}
     num_workers = options.num_workers or os.cpu_count() or 1
     with (
         messages.progress(total=len(clips), unit="clip", desc="synthesising") as bar,
@@ -247,10 +184,14 @@ def make_demo_dataset(options: Options) -> list[Clip]:
         stop_on_signals() as stop,
     ):
         submit, _ = workers
-        for _ in run_tasks(submit, tasks, stop.check):
+        for _ in run_tasks(submit, list(tasks.items()), stop.check):
             bar.update()
     write_atomically(Path(options.out) / ANNOTATIONS_NAME, encode_annotations(clips))
-    return clips
+    num_tags = len(frozenset().union(*(clip.tags for clip in clips)))
+    messages.say(
+        f"{options.out}: {messages.count(len(clips), 'clip')} of 29 s with "
+        f"{messages.count(num_tags, 'tag')}, {messages.size_on_disk(*tasks)}"
+    )
 
 
 def _write_mp3(task: tuple[Path, Clip], count: Callable[[], None]) -> None:
@@ -270,17 +211,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.run(_run, build_parser().parse_args(argv))
+    return cli.run(_make, build_parser().parse_args(argv))
 
 
-def _run(arguments: argparse.Namespace) -> None:
-    clips = make_demo_dataset(cli.read_options(Options, arguments))
-    num_tags = len(frozenset().union(*(clip.tags for clip in clips)))
-    mp3s = [Path(arguments.out, "mp3", clip.mp3_path) for clip in clips]
-    messages.say(
-        f"{arguments.out}: {messages.count(len(clips), 'clip')} of 29 s with "
-        f"{messages.count(num_tags, 'tag')}, {messages.size_on_disk(*mp3s)}"
-    )
+def _make(arguments: argparse.Namespace) -> None:
+    make_demo_dataset(cli.read_options(Options, arguments))
 
 
 if __name__ == "__main__":
