@@ -119,12 +119,11 @@ def test_out_of_memory_errors_of_each_backend_are_recognised(module, use):
         "sys.argv[0] = 'thing.py'\n"
         "sys.exit(cli.run(stage, parser.parse_args([])))\n"
     )
+    variables = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100,
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
-           "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        command, capture_output=True, text=True, timeout=100, env=os.environ | variables
+    )
     assert done.returncode == 1, done.stderr
     *earlier, last = done.stderr.splitlines()
     assert last == "thing.py: error: out of memory: try a smaller --batch-size (now 8)"

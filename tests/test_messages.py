@@ -22,10 +22,9 @@ def on_terminal(command, variables):
     environment = {name: os.environ[name] for name in os.environ if "COLOR" not in name}
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment | {"TERM": "xterm"} | variables,
-        stdin=terminal, stdout=terminal, stderr=terminal,
-    )  # fmt: skip
+    environment |= {"TERM": "xterm"} | variables
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **streams)
     os.close(terminal)
     written = b""
     while True:
@@ -57,10 +56,8 @@ def test_progress_has_no_colours_on_a_terminal_and_no_escape_codes_elsewhere(var
     assert b"at 1\r\n" in written
     assert not COLOURS.search(written)
 
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRESS], cwd=ROOT, env=os.environ | variables,
-        capture_output=True, timeout=60,
-    )  # fmt: skip
+    command, environment = [sys.executable, "-c", PROGRESS], os.environ | variables
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0 and done.stdout == b""
     assert b"at 1\n" in done.stderr and b"trying: 100%" in done.stderr
     assert b"\x1b" not in done.stderr and b"\r" not in done.stderr
@@ -94,14 +91,21 @@ def test_progress_in_a_notebook_redraws_one_line():
     assert "\x1b" not in text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (0, "under 1 s"), (0.99, "under 1 s"), (1, "1 s"), (8.4, "8 s"), (59.4, "59 s"),
-        (59.6, "1 min"), (185, "3 min 5 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h"),
-        (7423, "2 h 4 min"), (7199.9, "2 h"), (4_000_000, "1,111 h 7 min"),
-    ],
-)  # fmt: skip
+# fmt: off
+DURATIONS = [
+    (0, "under 1 s"), (0.99, "under 1 s"), (1, "1 s"), (8.4, "8 s"), (59.4, "59 s"),
+    (59.6, "1 min"), (185, "3 min 5 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h"),
+    (7423, "2 h 4 min"), (7199.9, "2 h"), (4_000_000, "1,111 h 7 min"),
+]
+SIZES = [
+    (0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (9_949, "9.9 kB"),
+    (9_951, "10 kB"), (999_499, "999 kB"), (999_501, "1.0 MB"), (49_863_329_844, "50 GB"),
+    (999_600_000_000, "1.0 TB"), (12_345 * 10**12, "12,345.0 TB"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("seconds", "expected"), DURATIONS)
 def test_durations(seconds, expected):
     assert messages.duration(seconds) == expected
 
@@ -115,14 +119,7 @@ def test_a_duration_is_rounded_to_half_a_unit(seconds):
     assert abs(3600 * hours + 60 * minutes + rest - seconds) <= (30 if hours else 0.5)
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "expected"),
-    [
-        (0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (9_949, "9.9 kB"),
-        (9_951, "10 kB"), (999_499, "999 kB"), (999_501, "1.0 MB"), (49_863_329_844, "50 GB"),
-        (999_600_000_000, "1.0 TB"), (12_345 * 10**12, "12,345.0 TB"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("num_bytes", "expected"), SIZES)
 def test_sizes(num_bytes, expected):
     assert messages.size(num_bytes) == expected
 

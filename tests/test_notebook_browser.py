@@ -40,16 +40,14 @@ def address(request, tmp_path):
     opened, browser = tmp_path / "opened", tmp_path / "browser"
     browser.write_text(f'#!/bin/sh\necho "$1" > {opened}.new\nmv {opened}.new {opened}\n')
     browser.chmod(0o755)
-    environment = os.environ | {
-        "HOME": str(tmp_path), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
-        "BROWSER": str(browser),
-    }  # fmt: skip
+    runtime = str(tmp_path / "runtime")
+    environment = os.environ | {"HOME": str(tmp_path), "JUPYTER_RUNTIME_DIR": runtime}
+    environment["BROWSER"] = str(browser)
     for name in ("EXCITATIONS", "DATA_DIR", "FIGURES_DIR"):
         environment.pop(name, None)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyter", request.param, NOTEBOOK.name, "--allow-root"],
-        cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "jupyter", request.param, NOTEBOOK.name, "--allow-root"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(command, cwd=folder, env=environment, **quiet)
     try:
         deadline = time.monotonic() + 90
         while not opened.exists():
@@ -65,12 +63,12 @@ def address(request, tmp_path):
 def browser(tmp_path):
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    for argument in (
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--no-first-run", "--disable-background-networking", "--disable-component-update",
-        "--disable-sync", "--window-size=1400,2400", f"--user-data-dir={tmp_path / 'profile'}",
-    ):  # fmt: skip
-        options.add_argument(argument)
+    names = (
+        "headless=new no-sandbox disable-gpu disable-dev-shm-usage no-first-run disable-sync "
+        "disable-background-networking disable-component-update window-size=1400,2400"
+    )
+    for name in (*names.split(), f"user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(f"--{name}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()

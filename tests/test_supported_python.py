@@ -31,10 +31,8 @@ sys.modules["fcntl"] = sys.modules["resource"] = None  # not part of Python on W
     ],
 )
 def test_scripts_name_the_system_that_they_need(script, pretend, part):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(pretend=pretend), script, "--help"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM.format(pretend=pretend), script, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

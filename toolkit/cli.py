@@ -183,7 +183,7 @@ def add_batch_size(group: argparse._ArgumentGroup, default: int) -> None:
     )
 
 
-JIT_HELP = "compile with XLA; auto compiles on JAX, and with TensorFlow se and basic on one GPU"
+JIT_HELP = "compile with XLA; auto: always with JAX; with TensorFlow, se and basic on one GPU"
 
 
 def add_jit(group: argparse._ArgumentGroup) -> None:
@@ -244,15 +244,15 @@ def _number(kind: type, text: str, is_valid: Callable, wanted: str):
     return value
 
 
-# --- Running a stage -----------------------------------------------------------------------------
+# --- Running a script ----------------------------------------------------------------------------
 
 
-def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
-    """Run a stage; turn its errors into one line on stderr and an exit status.
+def run(script: Callable[[argparse.Namespace], int | None], arguments: argparse.Namespace) -> int:
+    """Run a script's function; turn its errors into one line on stderr and an exit status.
 
     Parameters
     ----------
-    stage : callable
+    script : callable
         Takes the parsed arguments; returns an exit status, or None for success.
     arguments : argparse.Namespace
         Parsed command line.
@@ -263,7 +263,7 @@ def run(stage: Callable[[argparse.Namespace], int | None], arguments: argparse.N
         0 for success, 2 for usage errors, 128 + n after signal n, 1 for other errors.
     """
     try:
-        return stage(arguments) or 0
+        return script(arguments) or 0
     except ToolkitError as error:
         return _report(error, str(error), error.exit_status, arguments.verbose)
     except KeyboardInterrupt as error:
