@@ -19,12 +19,12 @@ _ROLL = ((0,), (2,), (4,), (7,), (9,), (11,), (14,), (11,), (9,), (7,), (4,), (2
 _CHORDS = ((-7, 0, 7), (4, 11), (2, 9))
 _BROKEN = ((-7, 4), (0,), (2, 7), (0,))
 _LEAPS = ((0,), (13,), (-4,), (8,), (3,), (-7,), (10,))
-_ON_1, _ON_2_AND_4, _OFF = (
-    ((0,), (), (), ()),
-    ((), (), (), (), (0,), (), (), ()),
-    ((), (), (0,), ()),
-)
-_ROCK_KICK = ((0,), (), (), (), (), (), (0,), (), (0,), (), (), (), (), (), (), ())
+
+
+def _rhythm(steps: str) -> tuple[tuple[int, ...], ...]:
+    """Return the pattern of a drum, from four steps per beat; "x" is a stroke."""
+    return tuple((0,) if step == "x" else () for step in steps)
+
 
 # fmt: off
 INSTRUMENTS = {
@@ -45,14 +45,14 @@ INSTRUMENTS = {
     "synth": Instrument(_ROLL, position=0.5, octave=1, rate=2, hold=0.7, level=0.8),
     "pad": Instrument(_CHORD, tilt=1.3, attack=0.8, rate=0.25, hold=1.3, level=0.7),
     "bleeps": Instrument(_LEAPS, tilt=0.2, glide=24, rate=2, hold=0.8),
-    "kick": Instrument(_ROCK_KICK, tilt=3, hertz=50, glide=-20, decay=0.09, level=0.6),
-    "snare": Instrument(_ON_2_AND_4, tilt=3, hertz=190, glide=-3, breath=3, decay=0.06, level=0.5),
-    "hat": Instrument(((0,), ()), hertz=6_000, breath=10, decay=0.03, level=0.2),
-    "thud": Instrument(_ON_1, tilt=3, hertz=45, glide=-30, decay=0.15),
-    "off-beat hat": Instrument(_OFF, hertz=6_000, breath=10, decay=0.03, level=0.3),
-    "drops": Instrument(((0,),), hertz=900, glide=-8, breath=3, decay=0.4),
+    "kick": Instrument(_rhythm("x.....x."), tilt=3, hertz=50, glide=-20, decay=0.09, level=0.6),
+    "snare": Instrument(_rhythm("....x..."), hertz=190, breath=3, decay=0.06, level=0.5),
+    "hat": Instrument(_rhythm("x."), hertz=6_000, breath=10, decay=0.03, level=0.2),
+    "thud": Instrument(_rhythm("x..."), tilt=3, hertz=45, glide=-30, decay=0.15),
+    "off-beat hat": Instrument(_rhythm("..x."), hertz=6_000, breath=10, decay=0.03, level=0.3),
+    "drops": Instrument(_rhythm("x"), hertz=900, glide=-8, breath=3, decay=0.4),
 }
-# The words of recipes for several instruments.
+# Words of recipes that stand for several instruments.
 GROUPS = {"drums": ("kick", "snare", "hat"), "techno beat": ("thud", "snare", "off-beat hat")}
 
 # Words of each recipe: instruments, genres, and a tempo or a level. Where these two are missing,
