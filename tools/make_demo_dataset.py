@@ -39,10 +39,10 @@ from tools.demo_synthesis import SAMPLE_RATE, synthesise
 import numpy as np
 from numpy.random import default_rng
 
-# Folders of the clips, in turn. Of 18 clips, 12 are for training, 3 for validation and 3 for test,
-# in an order in which each recipe occurs in all splits.
-FOLDERS = "012c345d678e9fabcc"
-MIN_CLIPS = 16  # one per folder
+TRAIN, VALIDATION, TEST = "0123456789ab", "c", "def"
+# Folders of the clips of a recipe, in turn.
+FOLDERS = (TRAIN, VALIDATION, TRAIN, TEST, TRAIN, TRAIN)
+MIN_CLIPS = 16
 TAG_PROBABILITY = 0.95  # real listeners sometimes omit a tag
 
 
@@ -86,13 +86,14 @@ def tag_columns() -> tuple[str, ...]:
 def plan_clips(num_clips: int = Options.clips, seed: int = Options.seed) -> list[Clip]:
     """Select path, recipe and tags of each clip; return the clips by ascending clip id."""
     if num_clips < MIN_CLIPS:
-        raise UsageError(f"--clips must be at least {MIN_CLIPS}, one per folder; got {num_clips}")
+        raise UsageError(f"--clips must be at least {MIN_CLIPS}, got {num_clips}")
     return [_plan_clip(index, seed) for index in range(num_clips)]
 
 
 def _plan_clip(index: int, seed: int) -> Clip:
     random = default_rng((seed, index, 0))
-    title, words = list(RECIPES.items())[index % len(RECIPES)]
+    turn, number = divmod(index, len(RECIPES))
+    title, words = list(RECIPES.items())[number]
     parts = [part for word in words for part in recipes.GROUPS.get(word, (word,))]
     instruments = tuple(part for part in parts if part in INSTRUMENTS)
     tempo, level = (
@@ -109,9 +110,9 @@ def _plan_clip(index: int, seed: int) -> Clip:
     fitting = {tag for word in heard for tag in (word, *recipes.MORE_TAGS.get(word, ()))}
     # Only the first clip of a recipe has tags outside the 50, so that these are more frequent. The
     # order of a set differs between processes, that of columns does not.
-    columns = tag_columns() if index < len(RECIPES) else MTT_TOP_TAGS
+    columns = MTT_TOP_TAGS if turn else tag_columns()
     tags = [tag for tag in columns if tag in fitting and random.random() < TAG_PROBABILITY]
-    folder = FOLDERS[index % len(FOLDERS)]
+    folder = random.choice([*FOLDERS[(turn + number) % len(FOLDERS)]])
     mp3_path = f"{folder}/artist_{folder}-demo-{index + 1:03d}-{title}-0-29.mp3"
     clip_id = 2 + 107 * index  # with gaps, as the real ids
     return Clip(clip_id, mp3_path, instruments, tempo, level, frozenset(tags), (seed, index, 1))
@@ -169,12 +170,12 @@ def make_demo_dataset(options: Options) -> None:
     Raises
     ------
     UsageError, BuildError, Interrupted, OSError
-        There are fewer clips than folders, a worker died, a signal arrived, or a file cannot be
+        There are too few clips, a worker died, a signal arrived, or a file cannot be
         written.
     """
     clips = plan_clips(options.clips, options.seed)
     mp3_dir = Path(options.out) / "mp3"
-    for folder in FOLDERS:
+    for folder in TRAIN + VALIDATION + TEST:
         (mp3_dir / folder).mkdir(parents=True, exist_ok=True)
     tasks = {mp3_dir / clip.mp3_path: clip for clip in clips}
     num_workers = options.num_workers or os.cpu_count() or 1

@@ -31,7 +31,7 @@ def make(out, *options):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Make a dataset of one clip per folder."""
+    """Make a small dataset."""
     out = tmp_path_factory.mktemp("demo") / "dataset"
     assert make(out, "--num-workers", "1") == 0
     return out
@@ -61,12 +61,11 @@ def test_annotations_have_the_format_of_magnatagatune(dataset):
     assert set(clips.splits) == {"train", "val", "test"}
 
 
-def test_every_row_has_a_file_and_every_folder_a_clip(dataset):
+def test_every_row_has_a_file(dataset):
     with open(dataset / "annotations_final.csv", newline="") as file:
         paths = [row["mp3_path"] for row in csv.DictReader(file, delimiter="\t")]
     found = [path.relative_to(dataset / "mp3").as_posix() for path in dataset.rglob("*.mp3")]
     assert sorted(paths) == sorted(found)
-    assert {path[0] for path in paths} == set("0123456789abcdef")
     assert sorted(path.name for path in dataset.iterdir()) == ["annotations_final.csv", "mp3"]
 
 
