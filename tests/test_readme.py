@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -32,8 +33,9 @@ class Block:
     line: int
 
     def commands(self) -> list[str]:
-        """Return the shell commands, with continued lines joined."""
-        joined = self.text.replace("\\\n", " ")
+        """Return the shell commands, with continued lines joined and without here-documents."""
+        without = re.sub(r"<<'(\w+)'\n.*?^\1$", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        joined = without.replace("\\\n", " ")
         return [line.strip() for line in joined.splitlines() if line.strip()]
 
 
@@ -172,6 +174,15 @@ def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_citation_names_the_paper_of_the_readme():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()  # required by the format
+    paper = citation["preferred-citation"]
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    assert paper["title"] in readme and paper["url"] in readme
 
 
 def runnable_blocks() -> list[Block]:
