@@ -65,9 +65,10 @@ def evaluate(
     network = checkpoint.network
     compile_for_prediction(network, checkpoint.config.block)
     clips, predictions = [], []
-    for clip, (outputs,) in predict_split(network, dataset, "test", batch_size, "evaluating"):
-        clips.append(clip)
-        predictions.append(clip_mean(outputs))
+    for prediction in predict_split(network, dataset, "test", batch_size, "evaluating"):
+        (probabilities,) = prediction.outputs
+        clips.append(prediction.clip)
+        predictions.append(clip_mean(probabilities))
     predictions = np.array(predictions)
     if not np.isfinite(predictions).all():
         raise CheckpointError(f"{model_path}: the predictions contain NaN or infinity")

@@ -81,8 +81,9 @@ def extract(
     compile_for_prediction(excitations, checkpoint.config.block)
 
     rows, labels, identities = [], [], []
-    for clip, outputs in predict_split(excitations, dataset, "test", batch_size, "extracting"):
-        for depth, output in enumerate(outputs):
+    for prediction in predict_split(excitations, dataset, "test", batch_size, "extracting"):
+        clip = prediction.clip
+        for depth, output in enumerate(prediction.outputs):
             rows.append((clip_mean(output).astype(np.float32), depth))
             labels.append(clip.labels)
             identities.append((clip.clip_id, clip.mp3_path))
@@ -108,6 +109,7 @@ def write(path: str | Path, table: "pd.DataFrame") -> None:
         if path.suffix == PARQUET_SUFFIX:
             table.to_parquet(temporary, engine="pyarrow")
         else:
+            # Column names as Python strings, like the index in `extract`.
             plain = table.copy(deep=False)
             plain.columns = table.columns.astype(object)
             plain.to_pickle(temporary)
@@ -147,8 +149,8 @@ def _extract(arguments: argparse.Namespace) -> None:
     cli.check_model(arguments.model_path)
     if Path(arguments.model_path).suffix == onnx_file.SUFFIX:
         raise UsageError(
-            f"{arguments.model_path}: an {onnx_file.SUFFIX} file gives no excitations: use the "
-            "model that it was made from"
+            f"{arguments.model_path}: an {onnx_file.SUFFIX} file has no excitations: use the "
+            "model it was exported from"
         )
     output = Path(arguments.out)
     if not output.absolute().parent.is_dir():

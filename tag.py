@@ -4,9 +4,8 @@
     python tag.py model.onnx ~/Music --json > tags.jsonl
     python tag.py log/4 song.flac --taggram song.png --hop 22050
 
-A file's probability of a tag is the mean over its segments, as in evaluation. One thread decodes
-the next files, long ones in parts, while the network predicts. Batches extend across files. With an
-``.onnx`` file, Keras is not needed.
+A file's probability of a tag is the mean over its segments, as in evaluation. With an ``.onnx``
+file, Keras is not needed.
 """
 
 import argparse
@@ -15,166 +14,19 @@ import io
 import json
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 
 from toolkit import cli, figures, messages
-from toolkit.data.audio import check_file, cut_pieces, decode_pieces
-from toolkit.data.clip import Clip
-from toolkit.errors import AudioError, CheckpointError, UsageError
+from toolkit.data.audio import check_file
+from toolkit.errors import AudioError, UsageError
 from toolkit.files import write_atomically
-from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.tags import choose_tags
-from toolkit.prediction import (
-    DEFAULT_BATCH_SIZE,
-    clip_mean,
-    compile_for_prediction,
-    load,
-    predict_clips,
-)
+from toolkit.prediction import DEFAULT_BATCH_SIZE, clip_mean, load
+from toolkit.tagging import find_files, tag_files
 
 import numpy as np
 from tqdm import tqdm
-
-_FILES_AHEAD = 2
-
-
-def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
-    """List files, and all files in folders.
-
-    Parameters
-    ----------
-    paths : iterable of str or Path
-        Files and folders.
-
-    Returns
-    -------
-    list of (Path, bool)
-        Files in the given order. Files of a folder and its subfolders are sorted; links to folders
-        are not followed. The second value is True if the file itself was given.
-    """
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += [(found, False) for found in sorted(path.rglob("*")) if found.is_file()]
-        else:
-            files.append((path, True))
-    return files
-
-
-def tag_files(
-    checkpoint: Checkpoint,
-    paths: Iterable[str | Path],
-    hop: int | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
-    refused: Callable[[Path, AudioError], None] | None = None,
-) -> Iterator[tuple[Path, np.ndarray]]:
-    """Predict the tags of every segment of audio files.
-
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-        Model (see `toolkit.prediction.load`).
-    paths : iterable of str or Path
-        Audio files.
-    hop : int or None
-        Samples between the starts of two segments; None for the length of a segment.
-    batch_size : int
-        Segments per batch.
-    refused : callable or None
-        Called with each file that cannot be decoded and its error; None to raise the error.
-
-    Yields
-    ------
-    path : Path
-        In the given order.
-    probabilities : np.ndarray [shape=(n_segments, n_tags), dtype=float32]
-        Probabilities of the model's tags in each segment.
-
-    Raises
-    ------
-    AudioError
-        A file cannot be decoded, and `refused` is None.
-    CheckpointError
-        The predictions contain NaN or infinity.
-    """
-    network, config = checkpoint.network, checkpoint.config
-    compile_for_prediction(network, config.block)
-    paths = [Path(path) for path in paths]
-    broken = set()  # files that failed, possibly after their first parts were predicted
-    found = predicted = 0
-    # Count files: the number of segments is unknown until all files are decoded.
-    shown = messages.progress(total=len(paths), unit="file", desc="tagging", miniters=0)
-
-    def clips() -> Iterator[Clip]:
-        nonlocal found
-        for path, parts in _decode_ahead(paths, checkpoint.sample_rate, config.num_samples, hop):
-            try:
-                for part, segments in enumerate(parts):
-                    found += len(segments)
-                    yield Clip(segments, np.zeros(0, np.uint8), mp3_path=str(path), part=part)
-            except AudioError as error:
-                if refused is None:
-                    raise
-                refused(path, error)
-                broken.add(str(path))
-                shown.update()
-
-    def after_batch() -> None:
-        nonlocal predicted
-        predicted = min(predicted + batch_size, found)
-        shown.set_postfix_str(f"{predicted} of {found} segments", refresh=False)
-        shown.update(0)
-
-    with shown:
-        for clip, (probabilities,) in predict_clips(network, clips(), batch_size, after_batch):
-            if clip.mp3_path in broken:
-                continue
-            if not np.isfinite(probabilities).all():
-                raise CheckpointError(f"{clip.mp3_path}: the predictions contain NaN or infinity")
-            shown.update()
-            yield Path(clip.mp3_path), probabilities
-
-
-def _decode_ahead(
-    paths: list[Path], sample_rate: int, num_samples: int, hop: int | None
-) -> Iterator[tuple[Path, Iterator[np.ndarray]]]:
-    """Yield files with the parts of their segments; decode the first part of files ahead."""
-
-    def rest(parts: Iterator[np.ndarray], part: Future) -> Iterator[np.ndarray]:
-        while (segments := part.result()) is not None:
-            part = threads.submit(next, parts, None)
-            yield segments
-
-    # One thread: PyAV holds the interpreter lock for each frame, so two threads are slower.
-    threads = ThreadPoolExecutor(1, thread_name_prefix="decode")
-    waiting = deque()
-    coming = iter(paths)
-    try:
-        while True:
-            for path in islice(coming, _FILES_AHEAD - len(waiting)):
-                pieces = _fill_up(decode_pieces(path, sample_rate, stop=None), num_samples)
-                parts = cut_pieces(pieces, num_samples, hop)
-                waiting.append((path, rest(parts, threads.submit(next, parts, None))))
-            if not waiting:
-                return
-            yield waiting.popleft()
-    finally:
-        threads.shutdown(cancel_futures=True)
-
-
-def _fill_up(pieces: Iterable[np.ndarray], num_samples: int) -> Iterator[np.ndarray]:
-    """Pad audio that is shorter than a segment with silence."""
-    num_missing = num_samples
-    for piece in pieces:
-        num_missing -= len(piece)
-        yield piece
-    if num_missing > 0:
-        yield np.zeros(num_missing, np.float32)
-
 
 # --- Output --------------------------------------------------------------------------------------
 
@@ -221,9 +73,7 @@ def _csv_row(values: Iterable) -> str:
     return line.getvalue()
 
 
-def _json_line(
-    path: Path, tags: tuple[str, ...], means: np.ndarray, num_segments: int
-) -> str:  # fmt: skip
+def _json_line(path: Path, tags: tuple[str, ...], means: np.ndarray, num_segments: int) -> str:
     values = {tag: round(float(mean), 6) for tag, mean in zip(tags, means, strict=True)}
     line = {"path": _name(path), "segments": num_segments, "tags": values}
     return json.dumps(line, ensure_ascii=False)
@@ -259,8 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SAMPLES",
         type=cli.positive_int,
         default=None,
-        help="samples between the starts of two segments (default: the length of a segment, "
-        "without overlap)",
+        help="hop length in samples (default: the length of a segment, without overlap)",
     )
     machine = parser.add_argument_group("machine")
     cli.add_batch_size(machine, DEFAULT_BATCH_SIZE)
@@ -345,10 +194,10 @@ def _tag(arguments: argparse.Namespace) -> None:
         if arguments.save_taggram:
             write_taggram(arguments.save_taggram, tags, probabilities, starts)
         if arguments.taggram:
+            seconds, title = segment / checkpoint.sample_rate, _name(path.name)
             figures.plot_taggram(
-                arguments.taggram, tags, probabilities, starts,
-                segment / checkpoint.sample_rate, title=_name(path.name), top=arguments.top,
-            )  # fmt: skip
+                arguments.taggram, tags, probabilities, starts, seconds, title, arguments.top
+            )
 
     if num_skipped:
         messages.say(f"{num_skipped:,} of {len(files):,} files are not audio and were skipped")

@@ -49,7 +49,8 @@ def clips_of(lengths, seed=0):
 
 
 def assert_predicted(result, clips):
-    for (found, (sums, maxima)), clip in zip(result, clips, strict=True):
+    for prediction, clip in zip(result, clips, strict=True):
+        found, (sums, maxima) = prediction.clip, prediction.outputs
         assert (found.clip_id, found.labels, found.part) == (clip.clip_id, clip.labels, 0)
         assert found.segments.nbytes == 0 and found.segments.base is None
         expected_sums, expected_maxima = Sums().predict_on_batch(clip.segments)
@@ -129,10 +130,7 @@ def test_clips_are_yielded_as_soon_as_they_are_predicted():
 @pytest.fixture(scope="module")
 def model_path(tiny_dataset, tmp_path_factory):
     dataset = open_dataset(tiny_dataset)
-    config = NetworkConfig(
-        block="res", init_features=2, alpha=2, num_tags=len(dataset.tags),
-        num_samples=dataset.num_samples,
-    )  # fmt: skip
+    config = NetworkConfig("res", init_features=2, num_tags=len(dataset.tags))
     path = tmp_path_factory.mktemp("model") / "res.keras"
     save(path, Checkpoint(build_network(config), config, dataset.tags, dataset.sample_rate))
     return path
@@ -164,13 +162,6 @@ def test_the_prediction_of_a_clip_is_the_mean_over_its_segments(tiny_dataset, mo
             roc_auc_score(labels[:, known], predictions[:, known], average="macro"), abs=1e-12
         )
         assert (~np.isnan(scores.roc_auc)).nonzero()[0].tolist() == known
-
-
-def test_evaluation_does_not_keep_audio_in_memory(tiny_dataset, model_path):
-    _, clips, _, _ = eval_script.evaluate(model_path, tiny_dataset)
-    for clip in clips:
-        assert clip.segments.nbytes == 0
-        assert clip.segments.base is None, "a view keeps the segments in memory"
 
 
 @pytest.mark.parametrize(

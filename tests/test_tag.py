@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import tag
 from model import NetworkConfig, build_network
-from toolkit import figures
+from toolkit import figures, tagging
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.data.audio import decode, decode_pieces
 from toolkit.errors import AudioError
@@ -124,7 +125,7 @@ def test_an_onnx_file_gives_the_tags_of_its_network(folder, model_path, tmp_path
         capsys, tmp_path / "small.onnx", folder, "--json", "--hop", 20_000, "--batch-size", 4
     )
     assert said[-1] == "2 of 5 files are not audio and were skipped"
-    expected = tag.tag_files(checkpoint, [folder / name for name in AUDIO_NAMES], 20_000)
+    expected = tagging.tag_files(checkpoint, [folder / name for name in AUDIO_NAMES], 20_000)
     for line, (path, probabilities) in zip(json_lines(out), expected, strict=True):
         assert line["path"] == str(path) and line["segments"] == len(probabilities)
         assert tuple(line["tags"]) == TAGS
@@ -186,19 +187,13 @@ def test_segments_start_at_multiples_of_the_hop(folder, model_path):
     checkpoint = load(model_path)
     samples = decode(folder / "a.wav", RATE, stop=None)
     for hop in (SEGMENT, 20_000, 100_000):
-        ((path, found),) = tag.tag_files(checkpoint, [folder / "a.wav"], hop, batch_size=4)
+        ((path, found),) = tagging.tag_files(checkpoint, [folder / "a.wav"], hop, batch_size=4)
         assert path == folder / "a.wav"
         starts = range(0, len(samples) - SEGMENT + 1, hop)
         segments = np.stack([samples[start : start + SEGMENT] for start in starts])
         expected = checkpoint.network.predict_on_batch(segments)
         assert np.ptp(expected, axis=0).max() > 1e-4
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
-
-
-def test_whole_tracks_are_tagged(tmp_path, model_path, capsys):
-    path = encode_audio(tmp_path / "long.mp3", synthesise(61))
-    (line,) = json_lines(run(capsys, model_path, path, "--json")[0])
-    assert line["segments"] == 61 * RATE // SEGMENT == 22
 
 
 def test_a_short_file_is_padded_with_silence(tmp_path, model_path, capsys):
@@ -217,10 +212,8 @@ def test_a_short_file_is_padded_with_silence(tmp_path, model_path, capsys):
 
 def test_taggrams_are_drawn_and_saved(folder, model_path, tmp_path, capsys):
     picture, table = tmp_path / "a.png", tmp_path / "a.csv"
-    out, said = run(
-        capsys, model_path, folder / "a.wav", "--json",
-        "--hop", "11025", "--taggram", picture, "--save-taggram", table, "--top", "4",
-    )  # fmt: skip
+    options = ["--hop", "11025", "--taggram", picture, "--save-taggram", table, "--top", "4"]
+    out, said = run(capsys, model_path, folder / "a.wav", "--json", *options)
     assert said == []
     (line,) = json_lines(out)
     height, width, _ = matplotlib.image.imread(picture).shape
@@ -285,23 +278,50 @@ def test_at_most_two_files_are_decoded_ahead_of_the_network(folder, model_path, 
         threads.add(threading.current_thread().name)
         yield from decode_pieces(path, *options, **more)
 
-    monkeypatch.setattr(tag, "decode_pieces", noted)
-    found = tag.tag_files(load(model_path), [folder / "c.flac"] * 40, batch_size=1)
+    monkeypatch.setattr(tagging, "decode_pieces", noted)
+    found = tagging.tag_files(load(model_path), [folder / "c.flac"] * 40, batch_size=1)
     ahead = []
     for number, _ in enumerate(found, start=1):
-        # The next file is decoded before it is requested.
-        deadline = time.monotonic() + (20 if number < 40 else 0)
-        while len(started) <= number and time.monotonic() < deadline:
+        # The network has the next file; those after it are decoded before they are requested.
+        deadline = time.monotonic() + 20
+        while len(started) < min(number + 3, 40) and time.monotonic() < deadline:
             time.sleep(0.001)
-        ahead.append(len(started) - number)
-    assert len(ahead) == len(started) == 40
-    assert min(ahead[:-1]) >= 1 and max(ahead) <= 2
+        ahead.append(len(started) - number - 1)
+    assert ahead == [2] * 37 + [1, 0, -1]
     assert len(threads) == 1  # one decoding thread is faster than several
 
 
-def test_tag_files_raises_the_error_of_a_missing_file(model_path, tmp_path):
+def test_an_abandoned_iterator_stops_its_thread(folder, model_path):
+    found = tagging.tag_files(load(model_path), [folder / "c.flac"] * 40, batch_size=1)
+    next(found)
+    assert any(thread.name == "decode" for thread in threading.enumerate())
+    found.close()
+    assert not any(thread.name == "decode" for thread in threading.enumerate())
+
+
+def test_python_exits_while_an_iterator_is_in_use(folder, tmp_path):
+    """Also in the middle of a file in parts, whose next parts are decoded."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from toolkit import tagging\n"
+        "parts = tagging._decode_ahead([Path(sys.argv[2])] * 9, 22050, 59049, 1)\n"
+        "print(len(next(parts)[1].segments))"
+    )
+    command = [sys.executable, "-c", code, str(Path(tag.__file__).parent), str(folder / "a.wav")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{9 * RATE - SEGMENT + 1}\n"
+
+
+def test_tag_files_raises_the_error_of_a_file_after_the_files_before_it(
+    folder, model_path, tmp_path
+):
+    files = [folder / "a.wav", folder / "c.flac", tmp_path / "none.mp3", folder / "c.flac"]
+    found = tagging.tag_files(load(model_path), files, batch_size=1)
+    assert next(found)[0] == files[0]
     with pytest.raises(AudioError, match="no such file"):
-        list(tag.tag_files(load(model_path), [tmp_path / "none.mp3"]))
+        list(found)
+    assert not any(thread.name == "decode" for thread in threading.enumerate())
 
 
 def test_folders_without_audio_are_an_error(model_path, tmp_path, capsys):

@@ -173,9 +173,10 @@ def weighted_scores(
         num_positives = positives_before[-1].astype(np.float64)
         num_negatives = total - num_positives
         with np.errstate(divide="ignore", invalid="ignore"):
-            # Half pairs are counted, so that the sums are integers.
+            # A tie counts half; doubled so that the sums are integers.
             won = (weights * (2 * negatives_below + negatives_tied).astype(np.int64)).sum(axis=0)
             roc_auc[:, tag] = won / (2 * num_positives * num_negatives)
+            # Without the maximum, clips that were not drawn could give 0 / 0; their weight is 0.
             precision = (num_positives - positives_below) / np.maximum(total - before[first], 1)
             pr_auc[:, tag] = (weights * precision).sum(axis=0) / num_positives
         pr_auc[num_negatives == 0, tag] = np.nan

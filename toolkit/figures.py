@@ -61,26 +61,22 @@ def plot_training(
             start = 0
             for number, history in enumerate(histories.values()):
                 values = [row[column] for row in history]
-                axes.plot(
-                    epochs[start : start + len(values)], values, style, color=_COLOURS[colour],
-                    markersize=4, linewidth=1.5, label=name if number == 0 else None,
-                )  # fmt: skip
+                look = {"color": _COLOURS[colour], "markersize": 4, "linewidth": 1.5}
+                label = name if number == 0 else None
+                axes.plot(epochs[start : start + len(values)], values, style, label=label, **look)
                 start += len(values)
     start = 0
     for stage, history in histories.items():
         best = start + int(np.argmin([row["val_loss"] for row in history]))
-        top.plot(
-            epochs[best], rows[best]["val_loss"], "o", markersize=11, fillstyle="none",
-            color="black", label="best of its stage" if start == 0 else None,
-        )  # fmt: skip
+        look = {"markersize": 11, "fillstyle": "none", "color": "black"}
+        label = "best of its stage" if start == 0 else None
+        top.plot(epochs[best], rows[best]["val_loss"], "o", label=label, **look)
         if start:
             for axes in (top, bottom):
                 axes.axvline(start + 0.5, color="0.4", linestyle=":", linewidth=1)
-        rate = history[0]["learning_rate"]
-        top.annotate(
-            f"stage {stage}\nlr {rate:.2g}", (start + 0.5, 1), (4, 2),
-            xycoords=("data", "axes fraction"), textcoords="offset points", fontsize="small",
-        )  # fmt: skip
+        title = f"stage {stage}\nlr {history[0]['learning_rate']:.2g}"
+        units = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        top.annotate(title, (start + 0.5, 1), (4, 2), **units, fontsize="small")
         start += len(history)
     top.set_ylabel("loss (binary cross-entropy)")
     bottom.set_ylabel("validation score")
@@ -106,10 +102,16 @@ def _draw_rows(num_rows: int, row_height: float, width_ratios: Sequence[float]):
     for axes in panels:
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.hlines(np.arange(num_rows), 0, 1, color=_GREY, linewidth=0.6, zorder=0,
-                    transform=axes.get_yaxis_transform())  # fmt: skip
+        across = axes.get_yaxis_transform()
+        look = {"color": _GREY, "linewidth": 0.6, "zorder": 0}
+        axes.hlines(np.arange(num_rows), 0, 1, transform=across, **look)
     panels[0].set_ylim(-0.8, max(num_rows, 1) - 0.2)
     return figure, panels
+
+
+def _look(model: int) -> tuple[str, str]:
+    """Return the colour and the marker of a model."""
+    return _COLOURS[model % len(_COLOURS)], _MARKERS[model % len(_MARKERS)]
 
 
 def _draw_intervals(
@@ -121,13 +123,11 @@ def _draw_intervals(
     model: int,
 ) -> None:
     """Draw one value per row with its interval; markers that are not filled are unreliable."""
-    colour = _COLOURS[model % len(_COLOURS)]
+    colour, marker = _look(model)
     axes.hlines(rows, *ends, color=colour, linewidth=1.6, alpha=0.55)
     faces = [colour if filled else "white" for filled in is_filled]
-    axes.scatter(
-        values, rows, s=22, marker=_MARKERS[model % len(_MARKERS)], c=faces, edgecolors=colour,
-        linewidths=1.1, zorder=3, clip_on=False,
-    )  # fmt: skip
+    look = {"s": 22, "marker": marker, "edgecolors": colour, "linewidths": 1.1}
+    axes.scatter(values, rows, c=faces, zorder=3, clip_on=False, **look)
 
 
 def plot_tags(
@@ -192,10 +192,9 @@ def plot_tags(
         "mean over tags",
         "chance",
     ]
-    figure.legend(
-        handles, names, loc="outside upper center", ncols=4, frameon=False, fontsize="small",
-        handler_map={tuple: HandlerTuple(ndivide=None)},
-    )  # fmt: skip
+    side_by_side = {tuple: HandlerTuple(ndivide=None)}  # the two marks of chance
+    place = {"loc": "outside upper center", "frameon": False, "fontsize": "small"}
+    figure.legend(handles, names, ncols=4, handler_map=side_by_side, **place)
     figure.savefig(path)
 
 
@@ -257,11 +256,8 @@ def plot_comparison(
         low, high = interval(resamples[1].macro_roc_auc - resamples[0].macro_roc_auc)
         mean = scores[1].macro_roc_auc - scores[0].macro_roc_auc
         right.set_title(f"mean {mean:+.4f} ({low:+.4f} to {high:+.4f})", fontsize="medium")
-    handles = [
-        Line2D([], [], linestyle="", marker=_MARKERS[model % len(_MARKERS)],
-               color=_COLOURS[model % len(_COLOURS)])
-        for model in range(num_models)
-    ]  # fmt: skip
+    looks = map(_look, range(num_models))
+    handles = [Line2D([], [], linestyle="", color=c, marker=m) for c, m in looks]
     labels = [
         f"{name} (mean {its.macro_roc_auc:.4f})" for name, its in zip(names, scores, strict=True)
     ]
@@ -309,10 +305,13 @@ def plot_taggram(
     axes = figure.subplots()
     image = axes.imshow(
         probabilities[:, order].T,
-        # viridis: perceptually uniform, also for colour-blind readers.
-        cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
+        cmap="viridis",  # perceptually uniform, also for colour-blind readers
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        interpolation="nearest",
         extent=(left, left + step * len(starts), len(order) - 0.5, -0.5),
-    )  # fmt: skip
+    )
     axes.set_yticks(range(len(order)), [tags[tag] for tag in order], parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.set_ylabel("tag, by mean probability")

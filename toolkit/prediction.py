@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,22 @@ if TYPE_CHECKING:
     import keras
 
 DEFAULT_BATCH_SIZE = 32
+
+
+@dataclass
+class Prediction:
+    """What a model computes for all segments of a clip.
+
+    Attributes
+    ----------
+    clip : Clip
+        Without its segments, so that their memory is freed.
+    outputs : list of np.ndarray [shape=(n_segments, n_features), dtype=float32]
+        Outputs of the model: the probabilities of the tags, or the excitations at each depth.
+    """
+
+    clip: Clip
+    outputs: list[np.ndarray]
 
 
 def load(model_path: str | Path) -> Checkpoint:
@@ -107,13 +123,13 @@ def predict_split(
     share: tuple[int, int] = (0, 1),
     after_batch: Callable[[], None] = lambda: None,
     is_repeated: bool = False,
-) -> Iterator[tuple[Clip, list[np.ndarray]]]:
+) -> Iterator[Prediction]:
     """Predict the clips of a split and show the progress.
 
     Parameters
     ----------
     model : keras.Model or OnnxNetwork
-        See `predict_clips`, which also describes what this function yields.
+        As for `predict_clips`.
     dataset : Dataset
         Dataset that contains the split.
     split : {'train', 'val', 'test'}
@@ -126,6 +142,11 @@ def predict_split(
         Number of this process, and number of the processes that divide the shards among them.
     after_batch, is_repeated
         As for `predict_clips`.
+
+    Yields
+    ------
+    Prediction
+        In the order of the shards.
     """
     from input_data import read_clips  # tag.py does not need the packages that read shards
 
@@ -136,8 +157,11 @@ def predict_split(
     return messages.progress(
         predict_clips(model, clips, batch_size, after_batch, is_repeated),
         total=found.num_clips if num_processes == 1 else None,
-        unit="clip", desc=doing, leave=False, disable=process > 0,
-    )  # fmt: skip
+        unit="clip",
+        desc=doing,
+        leave=False,
+        disable=process > 0,
+    )
 
 
 def predict_clips(
@@ -146,7 +170,7 @@ def predict_clips(
     batch_size: int = DEFAULT_BATCH_SIZE,
     after_batch: Callable[[], None] = lambda: None,
     is_repeated: bool = False,
-) -> Iterator[tuple[Clip, list[np.ndarray]]]:
+) -> Iterator[Prediction]:
     """Predict clips in batches that extend across clips.
 
     Parameters
@@ -168,44 +192,52 @@ def predict_clips(
 
     Yields
     ------
-    clip : Clip
-        In the given order, without its segments: memory is freed once segments are predicted.
-    outputs : list of np.ndarray [shape=(n_segments, n_features), dtype=float32]
-        Outputs of the model for all segments of the clip.
+    Prediction
+        In the order of the clips, as soon as all segments of the clip are predicted.
     """
-    pending = deque()  # clip, number of its segments so far, outputs of each segment so far
+    pending = deque()  # clips without their segments
+    num_segments = deque()  # of each pending clip, so far
+    rows = []  # outputs of each segment of the pending clips, so far
     batch = np.zeros((batch_size, model.input_shape[1]), np.float32)
-    owners = []  # the pending clip of each row of the batch
+    num_filled = 0
     is_compiled = is_repeated or _is_jax(model)
 
     def flush() -> None:
-        nonlocal is_compiled
-        if is_compiled or len(owners) == batch_size:
+        nonlocal is_compiled, num_filled
+        if is_compiled or num_filled == batch_size:
             outputs = model.predict_on_batch(batch)
         else:
-            outputs = model(batch[: len(owners)], training=False)
+            outputs = model(batch[:num_filled], training=False)
         is_compiled = True
-        outputs = [outputs] if not isinstance(outputs, list | tuple) else outputs
-        for row, owner in enumerate(owners):
-            owner[2].append([np.asarray(output[row], np.float32) for output in outputs])
-        owners.clear()
+        outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
+        outputs = [np.asarray(output, np.float32)[:num_filled] for output in outputs]
+        rows.extend(zip(*outputs, strict=True))
+        num_filled = 0
         batch.fill(0)
         after_batch()
 
+    def predicted() -> Iterator[Prediction]:
+        while pending and num_segments[0] <= len(rows):
+            of_clip = slice(num_segments.popleft())
+            outputs = [np.stack(output) for output in zip(*rows[of_clip], strict=True)]
+            del rows[of_clip]
+            yield Prediction(pending.popleft(), outputs)
+
     for clip in clips:
         if clip.part == 0:  # the clips before this one are complete
-            yield from _predicted(pending)
-            pending.append([replace(clip, segments=clip.segments[:0].copy()), 0, []])
-        owner = pending[-1]
-        owner[1] += len(clip.segments)
+            yield from predicted()
+            # A view of the segments would keep all of them in memory.
+            pending.append(replace(clip, segments=clip.segments[:0].copy()))
+            num_segments.append(0)
+        num_segments[-1] += len(clip.segments)
         for segment in clip.segments:
-            batch[len(owners)] = segment
-            owners.append(owner)
-            if len(owners) == batch_size:
+            batch[num_filled] = segment
+            num_filled += 1
+            if num_filled == batch_size:
                 flush()
-    if owners:
+    if num_filled:
         flush()
-    yield from _predicted(pending)
+    yield from predicted()
 
 
 def _is_jax(model: "keras.Model | OnnxNetwork") -> bool:
@@ -216,20 +248,13 @@ def _is_jax(model: "keras.Model | OnnxNetwork") -> bool:
     return keras.backend.backend() == "jax"
 
 
-def _predicted(pending: deque) -> Iterator[tuple[Clip, list[np.ndarray]]]:
-    """Remove and yield the first clips whose segments are all predicted."""
-    while pending and len(pending[0][2]) == pending[0][1]:
-        clip, _, rows = pending.popleft()
-        yield clip, [np.stack(output) for output in zip(*rows, strict=True)]
-
-
 def clip_mean(outputs: np.ndarray) -> np.ndarray:
     """Average a clip's outputs over its segments, in float64 so that close values stay ordered.
 
     Parameters
     ----------
     outputs : np.ndarray [shape=(n_segments, n_features)]
-        Outputs of a clip, as `predict_clips` yields them.
+        One of the outputs of a `Prediction`.
 
     Returns
     -------

@@ -63,9 +63,8 @@ def write_report(
     columns = {"tag": tags, "positives": scores.positives}
     for metric in ("roc_auc", "pr_auc"):
         low, high = interval(getattr(resamples, metric))
-        columns |= {
-            metric: getattr(scores, metric), f"{metric}_low": low, f"{metric}_high": high,
-        }  # fmt: skip
+        columns[metric] = getattr(scores, metric)
+        columns |= {f"{metric}_low": low, f"{metric}_high": high}
     pd.DataFrame(columns).to_csv(folder / "per_tag.csv", index=False, float_format="%.6f")
     table = pd.DataFrame(predictions, columns=list(tags))
     # Duplicates are allowed because a tag may have one of these names.

@@ -10,8 +10,8 @@ import textwrap
 from pathlib import Path
 
 import build_mtt
-import tag
 from input_data import open_dataset, read_clips
+from toolkit import tagging
 from toolkit.data import audio, shards
 from toolkit.data.audio import cut_segments, decode
 from toolkit.data.manifest import read_manifest, shard_name
@@ -107,7 +107,7 @@ def test_tags_of_a_file_in_parts_are_those_of_the_whole_file(clips, monkeypatch,
 
     def tagged():
         refused.clear()
-        found = tag.tag_files(
+        found = tagging.tag_files(
             checkpoint, files, hop, batch_size=7, refused=lambda *what: refused.append(what)
         )
         return list(found)
@@ -319,7 +319,7 @@ _MEASURED = """
     sys.path.insert(0, sys.argv[1])
     from pathlib import Path
     import numpy as np
-    import tag
+    from toolkit import tagging
     from toolkit.data.shards import ShardTask, make_shard
     from toolkit.errors import AudioError
     from toolkit.prediction import predict_clips
@@ -351,12 +351,12 @@ _MEASURED = """
         num_segments = make_shard(task)["segments"]
     elif what == "read":
         before = held()
-        ((clip, (outputs,)),) = predict_clips(Network(), read_clips([shard]))
+        ((outputs,),) = (p.outputs for p in predict_clips(Network(), read_clips([shard])))
         num_segments = len(outputs)
     else:
         import model
         before = held()
-        ((_, outputs),) = tag.tag_files(Network(), [path])
+        ((_, outputs),) = tagging.tag_files(Network(), [path])
         num_segments = len(outputs)
     print(num_segments, held() - before)
 """

@@ -127,13 +127,15 @@ def _predict_split(
     job, num_tags = run.job, len(run.dataset.tags)
     labels, num_segments = [np.zeros((0, num_tags), np.uint8)], []
     predictions = [np.zeros((0, num_tags), np.float32)]
-    for clip, (of_clip,) in predict_split(
-        predictor, run.dataset, split, run.options.batch_size, doing,
-        (job.process, job.num_processes), run.stop.check, is_repeated=True,
-    ):  # fmt: skip
-        labels.append(clip.labels[np.newaxis])
-        num_segments.append(len(of_clip))
-        predictions.append(of_clip)
+    share = job.process, job.num_processes
+    batch_size = run.options.batch_size
+    for prediction in predict_split(
+        predictor, run.dataset, split, batch_size, doing, share, run.stop.check, is_repeated=True
+    ):
+        (probabilities,) = prediction.outputs
+        labels.append(prediction.clip.labels[np.newaxis])
+        num_segments.append(len(probabilities))
+        predictions.append(probabilities)
     labels, num_segments, predictions = (
         job.gather(part)
         for part in (
