@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_a_folder_is_read_in_order_and_files_that_are_not_audio_are_skipped(
         assert alone["tags"].keys() == line["tags"].keys()
         assert list(alone["tags"].values()) == pytest.approx(list(line["tags"].values()), abs=2e-6)
     assert found[0]["tags"] != found[1]["tags"] != found[2]["tags"]
+
+
+@pytest.mark.slow
+def test_less_than_a_batch_is_tagged_with_pytorch(folder, model_path, capsys):
+    pytest.importorskip("torch", reason="needs requirements/backends.txt")
+    command = [sys.executable, tag.__file__, str(model_path), str(folder / "a.wav"), "--json"]
+    environment = os.environ | {"KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    (expected,) = json_lines(run(capsys, model_path, folder / "a.wav", "--json")[0])
+    (found,) = json_lines(done.stdout)
+    assert list(found["tags"].values()) == pytest.approx(list(expected["tags"].values()), abs=1e-5)
 
 
 def test_the_table_has_the_top_tags_aligned(folder, model_path, capsys):

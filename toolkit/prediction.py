@@ -207,7 +207,7 @@ def predict_clips(
         if is_compiled or num_filled == batch_size:
             outputs = model.predict_on_batch(batch)
         else:
-            outputs = model(batch[:num_filled], training=False)
+            outputs = _call(model, batch[:num_filled])
         is_compiled = True
         outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
         outputs = [np.asarray(output, np.float32)[:num_filled] for output in outputs]
@@ -238,6 +238,17 @@ def predict_clips(
     if num_filled:
         flush()
     yield from predicted()
+
+
+def _call(model: "keras.Model | OnnxNetwork", batch: np.ndarray):
+    """Call a model without compiling it; return its outputs as arrays."""
+    outputs = model(batch, training=False)
+    if isinstance(model, OnnxNetwork):
+        return outputs
+    import keras
+
+    # NumPy cannot convert PyTorch's tensors while gradients are recorded.
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
 
 
 def _is_jax(model: "keras.Model | OnnxNetwork") -> bool:
