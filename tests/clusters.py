@@ -1,4 +1,4 @@
-"""Dask clusters on this machine, started in a folder without the toolkit."""
+"""Dask clusters on this machine: the scheduler runs without the toolkit, workers in a checkout."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 
-from builds import start
+from builds import SCRIPT, start
 
 # A preload module of workers, which delays the flush of each file.
 SLOW = """
@@ -28,36 +28,30 @@ class Cluster:
         self.stack = stack
         (folder / "elsewhere").mkdir()
         where = folder / "scheduler.json"
-        options = ["--port", "0", "--host", "127.0.0.1", "--scheduler-file", str(where)]
+        options = ["--port", "0", "--scheduler-file", str(where)]
         # The scheduler considers workers dead after 4 s without a heartbeat.
-        self.scheduler = self.start(
-            "scheduler", *options, "--no-dashboard", DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL="4s"
-        )
+        before = ["env", "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL=4s"]
+        self.scheduler = self.start("scheduler", *options, "--no-dashboard", before=before)
         # The scheduler creates the file before it writes the content.
         wait_until(lambda: where.exists() and where.read_text())
         self.address = json.loads(where.read_text())["address"]
 
-    def start(self, kind, *options, before=(), **environment):
-        module = [sys.executable, "-m", f"distributed.cli.dask_{kind}"]
-        environment = os.environ | environment
-        environment.pop("PYTHONPATH", None)
+    def start(self, kind, *options, before=(), checkout=None):
+        command = [*before, sys.executable, "-m", "dask", kind, *options, "--host", "127.0.0.1"]
+        environment = {key: os.environ[key] for key in os.environ if key != "PYTHONPATH"}
+        folder = checkout or self.folder / "elsewhere"
         with open(self.folder / f"{kind}.log", "a") as log:
-            process = subprocess.Popen(
-                [*before, *module, *options],
-                cwd=self.folder / "elsewhere", env=environment, stdout=log, stderr=log,
-            )  # fmt: skip
+            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         self.stack.callback(kill, process)
         return process
 
-    def add_worker(self, preload="", before=(), num_threads=1):
+    def add_worker(self, preload="", before=(), num_threads=1, checkout=SCRIPT.parent):
         """Start a worker that first runs the code `preload`; `before` precedes its command."""
         path = self.folder / f"preload_{time.monotonic_ns()}.py"
         path.write_text(preload)
-        return self.start(
-            "worker", self.address, "--nthreads", str(num_threads), "--no-nanny", "--no-dashboard",
-            "--host", "127.0.0.1", "--local-directory", str(self.folder), "--preload", str(path),
-            before=before,
-        )  # fmt: skip
+        options = ["--nthreads", str(num_threads), "--no-nanny", "--no-dashboard"]
+        options += ["--local-directory", str(self.folder), "--preload", str(path)]
+        return self.start("worker", self.address, *options, before=before, checkout=checkout)
 
     def log(self):
         return "".join(path.read_text() for path in self.folder.glob("*.log"))

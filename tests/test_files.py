@@ -126,11 +126,10 @@ def test_a_folder_is_locked_until_the_first_run_has_ended(tmp_path):
 
 
 def test_a_killed_process_releases_its_lock(tmp_path):
-    with subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as holder:  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as holder:
         try:
             assert holder.stdout.readline() == b"held\n"
             with (

@@ -11,7 +11,8 @@ if sys.platform == "win32":
         "(install it with wsl --install)"
     )
 if not OLDEST <= sys.version_info[:2] <= NEWEST:
-    sys.exit(
+    # SystemExit would end a Dask worker; a build names the worker that raises ImportError.
+    raise (ImportError if "distributed" in sys.modules else SystemExit)(
         "Python {}.{} to {}.{} is required, this is {}.{}: select one with make "
         "PYTHON=python3.12".format(*OLDEST, *NEWEST, *sys.version_info[:2])
     )

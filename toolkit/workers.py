@@ -1,7 +1,7 @@
 """Local worker processes: tasks in, results out, and no hang when a worker dies.
 
 `concurrent.futures.ProcessPoolExecutor` is not used because Python 3.11's can hang if a worker
-dies while another is starting. Here each worker has a pipe of its own and shares nothing else.
+dies while another is starting. Here each worker has a separate pipe and shares nothing else.
 """
 
 import multiprocessing

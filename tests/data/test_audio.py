@@ -273,10 +273,8 @@ def test_three_hours_need_no_more_memory_than_29_s(tmp_path, name):
                 file.seek(at)
                 file.write(size.to_bytes(4, "little"))
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_HELD), str(ROOT), str(short), str(hours)],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    command = [sys.executable, "-c", textwrap.dedent(_HELD), str(ROOT), str(short), str(hours)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     num_samples, num_kilobytes = map(int, done.stdout.split())
     print(f"{hours.stat().st_size >> 20} MiB: {num_kilobytes} KB more than 30 s")
@@ -339,11 +337,10 @@ def not_audio(kind, folder):
     return path
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["missing", "folder", "long-name", "empty", "noise", "text", "null", "id3-only", "one-header",
-     "one-sample", "video"],
-)  # fmt: skip
+_NOT_AUDIO = "missing folder long-name empty noise text null id3-only one-header one-sample video"
+
+
+@pytest.mark.parametrize("kind", _NOT_AUDIO.split())
 def test_file_without_audio_is_refused_by_name(tmp_path, kind):
     path = not_audio(kind, tmp_path)
     with pytest.raises(AudioError) as caught:

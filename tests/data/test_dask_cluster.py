@@ -1,6 +1,5 @@
 """Building on a Dask cluster gives the same bytes; errors name the worker."""
 
-import json
 import shutil
 import socket
 import subprocess
@@ -10,11 +9,11 @@ from pathlib import Path
 import build_mtt
 
 import pytest
-from builds import OPTIONS, SCRIPT, contents, run, shards_in
+from builds import SCRIPT, contents, run, shards_in
 
 pytest.importorskip("distributed")
 
-from clusters import SLOW, refusal_of, start_cluster, started, wait_until
+from clusters import SLOW, kill, refusal_of, start_cluster, started, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -51,34 +50,6 @@ def test_shards_and_messages_are_those_of_a_local_build(cluster, data_dir, finis
 
 
 @pytest.mark.slow
-def test_workers_run_the_code_of_the_build_after_builds_of_other_code(
-    own_cluster, source, tmp_path
-):
-    own_cluster.add_worker()
-    plain, marked = tmp_path / "plain", tmp_path / "marked"
-    for folder in (plain, marked):
-        shutil.copytree(SCRIPT.parent / "toolkit", folder / "toolkit")
-        shutil.copy(SCRIPT, folder)
-    module = marked / "toolkit" / "data" / "shards.py"
-    code, entry = module.read_text(), 'return {"name": task.path.name, '
-    assert entry in code
-    module.write_text(code.replace(entry, f'{entry}"by": "marked", '))
-    for number, toolkit in enumerate((plain, marked, plain, marked)):
-        data_dir = Path(shutil.copytree(source, tmp_path / str(number)))
-        done = subprocess.run(
-            [
-                sys.executable, str(toolkit / "build_mtt.py"), "--data-dir", str(data_dir),
-                *OPTIONS, "--scheduler", own_cluster.address,
-            ],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
-        entries = [entry for split in manifest["splits"].values() for entry in split["shards"]]
-        assert {"by" in entry for entry in entries} == {toolkit == marked}, number
-
-
-@pytest.mark.slow
 def test_progress_counts_single_clips(own_cluster, data_dir, monkeypatch):
     own_cluster.add_worker(
         "import os, time\n"
@@ -97,10 +68,8 @@ def test_progress_counts_single_clips(own_cluster, data_dir, monkeypatch):
         return made
 
     monkeypatch.setattr(build_mtt.messages, "progress", progress)
-    build_mtt.build(
-        data_dir, sample_rate=8000, num_samples=4000, num_audios_per_shard=24,
-        scheduler=own_cluster.address,
-    )  # fmt: skip
+    options = {"sample_rate": 8000, "num_samples": 4000, "num_audios_per_shard": 24}
+    build_mtt.build(data_dir, scheduler=own_cluster.address, **options)
     assert shown == sorted(shown)
     assert shown[-1] <= 24
     assert any(count % 6 for count in shown)  # shards have 12, 6 and 6 clips
@@ -139,14 +108,26 @@ def test_worker_that_does_not_see_a_folder_is_named(
     assert f" on {socket.gethostname()} cannot access {data_dir / named} as this " in line
 
 
+VERSION = """
+import sys
+class Version(tuple):
+    major, minor = 3, {minor}
+sys.version_info = Version((3, {minor}, 0, "final", 0))
+"""
+MINOR = sys.version_info.minor
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preload", "what"),
     [
         (
-            "import sys\nclass Version(tuple):\n    major, minor = 3, 99\n"
-            "sys.version_info = Version((3, 99, 0, 'final', 0))\n",
-            f"has python 3.99, the build has 3.{sys.version_info.minor}",
+            VERSION.format(minor=MINOR - 1 if MINOR > 11 else 12),
+            f"has python 3.{MINOR - 1 if MINOR > 11 else 12}, the build has 3.{MINOR}",
+        ),
+        (
+            VERSION.format(minor=99),
+            "cannot import the toolkit (Python 3.11 to 3.14 is required, this is 3.99",
         ),
         (
             "import importlib.metadata as m\n"
@@ -160,7 +141,7 @@ def test_worker_that_does_not_see_a_folder_is_named(
         ),
         (
             "import sys\nsys.modules['crc32c'] = None\n",
-            "lacks a package that the toolkit needs (imp",
+            "cannot import the toolkit (import of crc32c halted",
         ),
     ],
 )
@@ -168,7 +149,39 @@ def test_worker_that_lacks_a_package_is_named(own_cluster, data_dir, preload, wh
     own_cluster.add_worker(preload)
     line = refusal_of(run(data_dir, "--scheduler", own_cluster.address))
     assert f" on {socket.gethostname()} {what}" in line
-    assert "install the packages of requirements/cluster.txt there" in line
+    assert how_to_start(own_cluster) in line
+
+
+def how_to_start(cluster):
+    command = f"cd {SCRIPT.parent} && python -m dask worker {cluster.address}"
+    return f": start it with `{command}` and the packages of requirements/cluster.txt, or stop it"
+
+
+@pytest.mark.slow
+def test_worker_outside_a_checkout_is_named(own_cluster, data_dir, tmp_path):
+    own_cluster.add_worker(checkout=tmp_path)
+    line = refusal_of(run(data_dir, "--scheduler", own_cluster.address))
+    reason = "cannot import the toolkit (No module named 'toolkit')"
+    assert f" on {socket.gethostname()} {reason}{how_to_start(own_cluster)}" in line
+
+
+@pytest.mark.slow
+def test_worker_with_other_code_is_named_by_what_it_has_imported(own_cluster, data_dir, tmp_path):
+    shutil.copytree(SCRIPT.parent / "toolkit", tmp_path / "toolkit")
+    worker = own_cluster.add_worker(checkout=tmp_path)
+    assert run(data_dir, "--scheduler", own_cluster.address).returncode == 0
+    # Changing a file changes nothing for the worker that has imported the earlier one.
+    with open(tmp_path / "toolkit" / "data" / "shards.py", "a") as module:
+        module.write("# changed\n")
+    shards_in(data_dir)[0].unlink()
+    done = run(data_dir, "--scheduler", own_cluster.address)
+    assert done.returncode == 0, done.stderr
+    kill(worker)
+    own_cluster.add_worker(checkout=tmp_path)
+    shards_in(data_dir)[0].unlink()
+    line = refusal_of(run(data_dir, "--scheduler", own_cluster.address))
+    assert f" on {socket.gethostname()} has toolkit code " in line
+    assert how_to_start(own_cluster) in line
 
 
 @pytest.mark.slow

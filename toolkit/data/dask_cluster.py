@@ -1,53 +1,58 @@
 """Build shards on the workers of a Dask cluster.
 
-`connect` runs in the build's process, `make_shard` on the workers. Workers need no copy of the
-toolkit: the build sends the package as a zip file to all workers, including those that join later.
+`connect` runs in the build's process, `make_shard` on the workers. A worker imports the toolkit
+from the checkout in which it was started; `connect` refuses workers with other code or packages.
 Only ``build_mtt.py --scheduler`` and its workers import this module.
 """
 
 import asyncio
 import concurrent.futures
 import hashlib
+import importlib
 import importlib.metadata
 import itertools
 import logging
 import os
 import pickle
 import secrets
+import shlex
 import socket
 import sys
-import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.data import shards
+from toolkit.data.audio import DECODERS
 from toolkit.errors import BuildError, ToolkitError
 
 import distributed.comm
 from distributed import Client, Future, KilledWorker, Security, get_worker
 from distributed.client import ClosedClientError
-from distributed.diagnostics.plugin import UploadFile
 
 CONNECT_SECONDS = 10  # timeout
 _CLOSE_SECONDS = 5  # timeout
-_TOPIC = "build_mtt"
 _RETRY = "run the same command again to resume"
-# The only module at the top of the zip file: distributed imports this module, which makes the
-# package importable. A worker may still have the package of an earlier build, possibly with other
-# code.
-_STARTER = """
-import os, sys
-package = os.path.join(os.path.dirname(__file__), "package")
-if sys.path[0] != package:
-    sys.path[:] = [package, *(path for path in sys.path if path != package)]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "toolkit"]:
-        del sys.modules[name]
-    # This module would end the worker; `_check_versions` names a worker with another Python.
-    sys.modules["toolkit.supported_python"] = sys
-"""
+_PACKAGE = Path(__file__).parents[1]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# What this process has imported. Computed at import, because the files may change while a worker
+# runs.
+_CODE = b"".join(path.read_bytes() for path in sorted(_PACKAGE.rglob("*.py")))
+_VERSIONS = {
+    "toolkit code": hashlib.sha256(_CODE).hexdigest()[:8],
+    "python": ".".join(map(str, sys.version_info[:2])),
+    **{package: _version(package) for package in ("numpy", *DECODERS)},
+}
 
 
 @dataclass(frozen=True)
@@ -59,40 +64,32 @@ class _Requirements:
     audio_dir: str
     clip: str  # path of an existing file in audio_dir
     clip_bytes: int  # size of this file
-    versions: dict[str, str | None]  # of Python, and of the packages that samples depend on
-    toolkit: str  # name of the zip file, which contains a hash of the package
+    versions: dict[str, str | None]  # of the code and packages that samples depend on
+    start: str  # command that starts a worker
 
 
-def _requirements(tasks: Sequence) -> _Requirements:
+def _requirements(tasks: Sequence[shards.ShardTask], scheduler: str) -> _Requirements:
     """Return the requirements: the files and versions of this process."""
     first = tasks[0]
     clips = (mp3_path for task in tasks for _, mp3_path, _ in task.clips)
     clip = next(path for path in clips if os.path.isfile(first.audio_dir / path))
-    content = b"".join(name.encode() + code for name, code in _package())
+    names = ("toolkit code", "python", "numpy", first.decoder)
     return _Requirements(
         mark=str(first.path.with_name(f".build.{secrets.token_hex(4)}.tmp")),
         audio_dir=str(first.audio_dir),
         clip=clip,
         clip_bytes=(first.audio_dir / clip).stat().st_size,
-        versions={name: _version(name) for name in ("python", "numpy", first.decoder)},
-        toolkit=f"toolkit_{hashlib.sha256(content).hexdigest()[:16]}",
+        versions={name: _VERSIONS[name] for name in names},
+        # Unlike the command `dask`, `python -m` can import modules of the working directory.
+        start=f"cd {shlex.quote(str(_PACKAGE.parent))} && python -m dask worker {scheduler}",
     )
 
 
-def _version(package: str) -> str | None:
-    if package == "python":
-        return ".".join(map(str, sys.version_info[:2]))
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _package() -> list[tuple[str, bytes]]:
-    """Return the names and contents of the modules of the package `toolkit`."""
-    package = Path(__file__).parents[1]
-    paths = sorted(package.rglob("*.py"))
-    return [(str(path.relative_to(package.parent)), path.read_bytes()) for path in paths]
+def _unfit(worker: str, what: str, required: _Requirements) -> BuildError:
+    return BuildError(
+        f"{worker} {what}: start it with `{required.start}` and the packages of "
+        f"requirements/cluster.txt, or stop it, and {_RETRY}"
+    )
 
 
 # --- In the build's process ----------------------------------------------------------------------
@@ -101,7 +98,7 @@ def _package() -> list[tuple[str, bytes]]:
 @contextmanager
 def connect(
     scheduler: str,
-    tasks: Sequence,
+    tasks: Sequence[shards.ShardTask],
     so_far: Callable[[], str],
     say: Callable[[str], None],
 ) -> Iterator[tuple[Callable, Callable[[], int]]]:
@@ -129,21 +126,20 @@ def connect(
     Raises
     ------
     BuildError
-        The scheduler cannot be reached or is lost, or workers die repeatedly.
+        The scheduler cannot be reached or is lost, or workers die repeatedly or are unsuitable.
     """
     _silence_loggers()
-    required = _requirements(tasks)
+    required = _requirements(tasks, scheduler)
     client = _connect_client(scheduler)
     counts = {}  # finished clips by shard name
     num_workers = None
 
     def on_event(event: tuple) -> None:
-        _, message = event
-        if message["mark"] == required.mark:
-            # A shard whose worker died is built again from its first clip.
-            counts[message["shard"]] = max(message["clips"], counts.get(message["shard"], 0))
+        _, (shard, num_clips) = event
+        # A shard whose worker died is built again from its first clip.
+        counts[shard] = max(num_clips, counts.get(shard, 0))
 
-    def submit(task) -> concurrent.futures.Future:
+    def submit(task: shards.ShardTask) -> concurrent.futures.Future:
         # The scheduler retries tasks of workers that die, but not tasks that raise an error, which
         # would raise the same error again.
         call = pickle.dumps(_Call(pickle.dumps(task), required))
@@ -162,8 +158,7 @@ def connect(
 
     try:
         Path(required.mark).touch()
-        client.subscribe_topic(_TOPIC, on_event)
-        _send_package(client, required)
+        client.subscribe_topic(required.mark, on_event)
         yield submit, num_counted
     except KilledWorker as error:
         raise BuildError(
@@ -176,11 +171,8 @@ def connect(
             f"a worker, or this process, ran out of memory ({so_far()}): {_RETRY}, with fewer "
             "threads per worker"
         ) from None
-    except ModuleNotFoundError as error:
-        raise BuildError(
-            f"a worker could not import the toolkit ({error}; {so_far()}): see the worker's log, "
-            f"then {_RETRY}"
-        ) from None
+    except ImportError as error:
+        raise _not_importable(client, error, required) from None
     except (
         ClosedClientError,
         distributed.comm.CommClosedError,
@@ -189,7 +181,8 @@ def connect(
     ):
         raise _lost(scheduler, so_far) from None
     finally:
-        _close(client, required.mark)
+        with suppress(Exception):
+            client.close(timeout=_CLOSE_SECONDS)
 
 
 class _Call:
@@ -219,6 +212,17 @@ def _lost(scheduler: str, so_far: Callable[[], str]) -> BuildError:
         f"{scheduler}: the scheduler was lost or has dropped the tasks of this build "
         f"({so_far()}): {_RETRY}"
     )
+
+
+def _not_importable(client: Client, error: ImportError, required: _Requirements) -> BuildError:
+    """Find the worker that cannot import the toolkit; the error of its task does not name it."""
+    worker = "a worker"
+    found = client.run(importlib.import_module, __name__, on_error="return")
+    for address, result in found.items():
+        if isinstance(result, ImportError):
+            hosts = client.run(socket.gethostname, workers=[address])
+            worker, error = f"worker {address} on {hosts[address]}", result
+    return _unfit(worker, f"cannot import the toolkit ({error})", required)
 
 
 def _silence_loggers() -> None:
@@ -255,29 +259,6 @@ async def _test_address(scheduler: str) -> None:
     await comm.close()
 
 
-def _send_package(client: Client, required: _Requirements) -> None:
-    """Send the package to all workers, present and future."""
-    with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder) / f"{required.toolkit}.zip"
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-            file.writestr(f"{required.toolkit}.py", _STARTER)
-            for name, code in _package():
-                file.writestr(f"package/{name}", code)
-        plugin = UploadFile(str(archive))
-    # Ignore workers that die meanwhile. A worker without the package fails in its first task.
-    with suppress(OSError):
-        client.register_plugin(plugin, name=required.mark)
-
-
-def _close(client: Client, mark: str) -> None:
-    """Remove the package from the cluster and disconnect, within a timeout."""
-    with suppress(Exception):
-        if client.status == "running":
-            client.sync(client.unregister_worker_plugin, mark, callback_timeout=_CLOSE_SECONDS)
-    with suppress(Exception):
-        client.close(timeout=_CLOSE_SECONDS)
-
-
 # --- On a worker ---------------------------------------------------------------------------------
 
 
@@ -299,22 +280,18 @@ def make_shard(pickled: bytes, required: _Requirements) -> dict:
     Raises
     ------
     BuildError
-        The worker cannot access a folder or lacks a package, or the build has ended.
+        The worker has other versions or cannot access a folder, or the build has ended.
     OSError
         A file cannot be written.
     """
     worker = get_worker()
     name = f"worker {worker.address} on {socket.gethostname()}"
-    _check_versions(name, required)
+    for package, wanted in required.versions.items():
+        found = _VERSIONS[package]
+        if found != wanted:
+            what = f"has {package} {found}" if found else f"lacks {package}"
+            raise _unfit(name, f"{what}, the build has {wanted}", required)
     _check_folders(name, required)
-    if required.toolkit not in __file__:  # another build uses this worker at the same time
-        raise BuildError(
-            f"{name} has the toolkit of another build: restart this worker, and {_RETRY}"
-        )
-    try:
-        from toolkit.data import shards
-    except ImportError as error:
-        raise _unfit(name, f"lacks a package that the toolkit needs ({error})") from None
     task = pickle.loads(pickled)
     numbers = itertools.count(1)
 
@@ -323,8 +300,7 @@ def make_shard(pickled: bytes, required: _Requirements) -> dict:
         if not os.path.exists(required.mark):
             raise BuildError(f"{name}: the build of {task.path} has ended")
         _check_folders(name, required)  # a lost mount must not look like missing clips
-        message = {"mark": required.mark, "shard": task.path.name, "clips": next(numbers)}
-        worker.log_event(_TOPIC, message)
+        worker.log_event(required.mark, (task.path.name, next(numbers)))
 
     try:
         return shards.make_shard(task, count_clip)
@@ -333,21 +309,6 @@ def make_shard(pickled: bytes, required: _Requirements) -> dict:
         raise
     except ToolkitError as error:
         raise BuildError(f"{name}: {error}") from None
-
-
-def _check_versions(name: str, required: _Requirements) -> None:
-    for package, wanted in required.versions.items():
-        found = _version(package)
-        if found != wanted:
-            what = f"has {package} {found}" if found else f"lacks {package}"
-            raise _unfit(name, f"{what}, the build has {wanted}")
-
-
-def _unfit(name: str, what: str) -> BuildError:
-    return BuildError(
-        f"{name} {what}: install the packages of requirements/cluster.txt there, or stop this "
-        f"worker, and {_RETRY}"
-    )
 
 
 def _check_folders(name: str, required: _Requirements) -> None:
