@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
-from toolkit.errors import AnnotationsError, BuildError
+from toolkit.data.csv_file import Row
+from toolkit.errors import BuildError
 
 import numpy as np
 
@@ -36,16 +36,6 @@ class Clip:
     clip_id: str = ""
     mp3_path: str = ""
     part: int = 0
-
-
-class Row(NamedTuple):
-    """Place of a row: its table, and its number from 1."""
-
-    table: Path
-    number: int
-
-    def error(self, column: str, reason: str) -> AnnotationsError:
-        return AnnotationsError(f"{self.table}: row {self.number}, column {column!r}: {reason}")
 
 
 @dataclass

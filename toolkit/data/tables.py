@@ -9,7 +9,6 @@ MagnaTagATune's ``annotations_final.csv`` is one form of a table: tab-separated,
 column, 188 tag columns of 0 and 1, and an ``mp3_path`` column whose folders are the split.
 """
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -28,7 +27,8 @@ from toolkit.data.annotations import (
     draw_splits,
     top_tags,
 )
-from toolkit.data.clip import ClipTable, Row, is_inside
+from toolkit.data.clip import ClipTable, is_inside
+from toolkit.data.csv_file import Row, Table, listed, read_files
 from toolkit.errors import AnnotationsError, UsageError
 
 import numpy as np
@@ -45,7 +45,6 @@ FOLDER = "folder"  # for --split-by: the first folder of the path
 SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "val"
 )
-_DELIMITERS = ("\t", ",", ";")
 
 
 @dataclass(frozen=True)
@@ -95,40 +94,6 @@ class TableForm:
             raise UsageError("--split-seed: must be less than 2^32")
 
 
-@dataclass
-class _Table:
-    header: list[str]
-    rows: list[Row]
-    fields: list[list[str]]  # of each row
-    delimiter: str
-
-    def values(self, column: str) -> list[str]:
-        place = self.header.index(column)
-        return [fields[place] for fields in self.fields]
-
-    def matching(self, *names: str) -> list[str]:
-        """Return the columns that have one of these names; case is ignored."""
-        return [column for column in self.header if column.casefold() in names]
-
-    def named(self, column: str, flag: str) -> str:
-        """Return a column that an option names; raise UsageError if there is no such column."""
-        if column not in self.header:
-            raise UsageError(
-                f"{flag} {column}: {self.rows[0].table} has no such column; its columns are "
-                f"{_listed(self.header)}"
-            )
-        return column
-
-    def check_lengths(self) -> None:
-        """Check that no row has more fields than the header."""
-        for row, fields in zip(self.rows, self.fields, strict=True):
-            if len(fields) > len(self.header):
-                raise AnnotationsError(
-                    f"{row.table}: row {row.number}: {len(fields)} fields, row 1 has "
-                    f"{len(self.header)}: put fields that contain the delimiter in quotes"
-                )
-
-
 def read_tables(
     paths: Sequence[str | Path], num_tags: int = NUM_TAGS, form: TableForm | None = None
 ) -> tuple[ClipTable, list[str]]:
@@ -158,7 +123,7 @@ def read_tables(
         A column that `form` names does not exist, or the split is unknown.
     """
     form = form or TableForm()
-    table = _read_all([Path(path) for path in paths])
+    table = read_files([Path(path) for path in paths])
     is_mtt = form == TableForm() and _is_mtt(table)
     path_column = _find_path_column(table, form)
     id_column = next(iter(table.matching(CLIP_ID)), path_column)
@@ -199,7 +164,7 @@ def read_tables(
     return clips, notes
 
 
-def _is_mtt(table: _Table) -> bool:
+def _is_mtt(table: Table) -> bool:
     """Return whether a table has the columns of MagnaTagATune's."""
     ends = (table.header[0], table.header[-1])
     is_single = len({row.table for row in table.rows}) == 1
@@ -208,84 +173,23 @@ def _is_mtt(table: _Table) -> bool:
     )
 
 
-# --- Reading -------------------------------------------------------------------------------------
-
-
-def _read_all(paths: list[Path]) -> _Table:
-    first, *others = [_read(path) for path in paths]
-    for path, table in zip(paths[1:], others, strict=True):
-        if table.header != first.header:
-            raise AnnotationsError(
-                f"{path}: its columns ({_listed(table.header)}) differ from those of {paths[0]} "
-                f"({_listed(first.header)}): give tables with the same columns"
-            )
-        first.rows += table.rows
-        first.fields += table.fields
-    return first
-
-
-def _read(path: Path) -> _Table:
-    table = _Table([], [], [], "")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            # The delimiter that divides the header into most columns.
-            table.delimiter = max(
-                _DELIMITERS, key=lambda one: len(next(csv.reader([first], delimiter=one), []))
-            )
-            reader = csv.reader(file, delimiter=table.delimiter, strict=True)
-            table.header = [name.strip() for name in next(reader, [])]
-            for fields in reader:
-                if fields:
-                    table.rows.append(Row(path, reader.line_num))
-                    table.fields.append(fields)
-    except FileNotFoundError:
-        raise AnnotationsError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise AnnotationsError(f"{path}: is a folder, not a table") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise AnnotationsError(f"{path}: not a CSV or TSV table in UTF-8: {error}") from None
-    if not table.header and table.rows:
-        raise AnnotationsError(f"{path}: row 1 is empty, expected the names of the columns")
-    if not any(table.header) or not table.rows:
-        raise AnnotationsError(f"{path}: the table has no rows")
-    repeated = [name for name, count in Counter(table.header).items() if name and count > 1]
-    if repeated:
-        raise AnnotationsError(
-            f"{path}: row 1, column {repeated[0]!r}: the name appears twice; rename one column"
-        )
-    for row, fields in zip(table.rows, table.fields, strict=True):
-        if len(fields) < len(table.header):
-            raise AnnotationsError(
-                f"{path}: row {row.number}: {len(fields)} fields, row 1 has {len(table.header)}: "
-                "every row needs a field for each column"
-            )
-    return table
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    shown = [name for name in names if name][:most]
-    return ", ".join(map(repr, shown)) + (", …" if len(names) > most else "")
-
-
 # --- Paths and tags ------------------------------------------------------------------------------
 
 
-def _find_path_column(table: _Table, form: TableForm) -> str:
+def _find_path_column(table: Table, form: TableForm) -> str:
     if form.path_column:
         return table.named(form.path_column, "--path-column")
     found = table.matching(*PATH_COLUMNS)
     if len(found) != 1:
         what = "several columns of paths" if found else "no column of paths"
         raise UsageError(
-            f"{table.rows[0].table}: {what} in {_listed(found or table.header)}: select one with "
+            f"{table.rows[0].table}: {what} in {listed(found or table.header)}: select one with "
             "--path-column"
         )
     return found[0]
 
 
-def _check_identities(table: _Table, path_column: str, id_column: str) -> None:
+def _check_identities(table: Table, path_column: str, id_column: str) -> None:
     paths = table.values(path_column)
     for row, path in zip(table.rows, paths, strict=True):
         if not is_inside(path):
@@ -295,7 +199,7 @@ def _check_identities(table: _Table, path_column: str, id_column: str) -> None:
     _check_unique(table, id_column, table.values(id_column))
 
 
-def _check_unique(table: _Table, column: str, values: list[str]) -> None:
+def _check_unique(table: Table, column: str, values: list[str]) -> None:
     seen = {}
     for row, value in zip(table.rows, values, strict=True):
         if not value:
@@ -308,7 +212,7 @@ def _check_unique(table: _Table, column: str, values: list[str]) -> None:
 
 
 def _find_tags(
-    table: _Table, no_tags: Collection[str], form: TableForm, is_mtt: bool
+    table: Table, no_tags: Collection[str], form: TableForm, is_mtt: bool
 ) -> tuple[dict[str, list[int]], list[str]]:
     """Return the rows of each tag, in the order in which ties are broken, and notes."""
     if form.tags_column:
@@ -323,7 +227,7 @@ def _find_tags(
 
 
 def _read_columns(
-    table: _Table, no_tags: Collection[str], is_mtt: bool
+    table: Table, no_tags: Collection[str], is_mtt: bool
 ) -> tuple[dict[str, list[int]], list[str]]:
     """Read columns of 0 and 1. Other columns are no tags, but errors in MagnaTagATune's table."""
     table.check_lengths()
@@ -352,18 +256,16 @@ def _read_columns(
         raise UsageError(
             f"{table.rows[0].table}: no column contains only 0 and 1, and none is named "
             f"{TAGS_COLUMN!r}: name the column that lists the tags with --tags-column, one of "
-            f"{_listed(table.header)}"
+            f"{listed(table.header)}"
         )
     notes = [f"tags are {num_columns} columns of 0 and 1"]
     if unused:
-        notes.append(
-            f"columns that are not tags, with values other than 0 and 1: {_listed(unused)}"
-        )
+        notes.append(f"columns that are not tags, with values other than 0 and 1: {listed(unused)}")
     return rows_of, notes
 
 
 def _read_lists(
-    table: _Table, column: str, delimiter: str | None
+    table: Table, column: str, delimiter: str | None
 ) -> tuple[dict[str, list[int]], list[str]]:
     """Read a column of lists, or lists that continue in the columns that follow."""
     place = table.header.index(column)
@@ -402,7 +304,7 @@ def _check_tag(tag: str, row: Row, column: str) -> None:
 
 
 def _find_splits(
-    table: _Table, path_column: str, form: TableForm, is_tagged: np.ndarray
+    table: Table, path_column: str, form: TableForm, is_tagged: np.ndarray
 ) -> tuple[list[str], str]:
     """Find the split of each row, and a note for the user."""
     if form.split_column:
@@ -423,7 +325,7 @@ def _find_splits(
     )
 
 
-def _read_folders(table: _Table) -> list[str]:
+def _read_folders(table: Table) -> list[str]:
     """Return the split of each row of MagnaTagATune's table."""
     splits = []
     for row, path in zip(table.rows, table.values(MP3_PATH), strict=True):
@@ -438,7 +340,7 @@ def _read_folders(table: _Table) -> list[str]:
     return splits
 
 
-def _read_splits(table: _Table, column: str) -> tuple[list[str], str]:
+def _read_splits(table: Table, column: str) -> tuple[list[str], str]:
     splits = []
     for row, value in zip(table.rows, table.values(column), strict=True):
         split = SPLIT_NAMES.get(value.strip().casefold())
@@ -456,7 +358,7 @@ def _split_in_name(path: Path) -> str | None:
 
 
 def _split_by_groups(
-    table: _Table, path_column: str, form: TableForm, is_tagged: np.ndarray
+    table: Table, path_column: str, form: TableForm, is_tagged: np.ndarray
 ) -> tuple[list[str], str]:
     if form.split_by == FOLDER and FOLDER not in table.header:
         column, what, missing = path_column, "first folder of the path", "the path has no folder"
