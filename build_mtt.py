@@ -263,11 +263,13 @@ def _check_input(options: BuildOptions) -> None:
 def _read_annotations(options: BuildOptions) -> ClipTable:
     """Read the tables and check the paths of the clips."""
     clips, notes = read_tables(options.tables, options.num_tags, options.form)
-    for note in notes if options.annotations else []:
-        messages.say(note)
+    names = ", ".join(table.name for table in options.tables)
+    for note in notes:
+        messages.say(f"{names}: {note}")
     if options.audio_suffix is not None:
         clips.replace_suffixes(options.audio_suffix)
     folder = options.audio_folder
+    clips.match_files(folder)
     # os.path.isfile returns False for invalid paths and for paths without read permission.
     if not any(os.path.isfile(folder / path) for path in clips.paths):
         raise BuildError(

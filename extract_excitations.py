@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from input_data import open_dataset
 from toolkit import cli, messages
+from toolkit.data.annotations import RESERVED_TAGS
 from toolkit.errors import UsageError
 from toolkit.files import replaced_whole
 from toolkit.models import onnx_file
@@ -69,10 +70,10 @@ def extract(
     if not dataset.splits["test"].num_clips:
         raise UsageError(f"{data_dir}: no test clips to extract excitations from")
     for tag in dataset.tags:
-        if tag in COLUMNS + INDEX:
+        if tag in RESERVED_TAGS:
             raise UsageError(
-                f"{data_dir}: the tag {tag!r} has the name of a column of the table "
-                f"({', '.join(COLUMNS + INDEX)}): rename the tag and build the dataset again"
+                f"{data_dir}: the tag {tag!r} has a reserved name ({', '.join(RESERVED_TAGS)}): "
+                "rename the tag and build the dataset again"
             )
     checkpoint = load_for_dataset(model_path, dataset)
     from model import build_excitations  # load_for_dataset has selected Keras's backend

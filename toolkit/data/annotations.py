@@ -9,6 +9,8 @@ ANNOTATIONS_NAME = "annotations_final.csv"
 AUDIO_FOLDER = "mp3"
 CLIP_ID = "clip_id"
 MP3_PATH = "mp3_path"
+# Names of columns beside the tags in tables that the toolkit writes or its notebook computes.
+RESERVED_TAGS = (CLIP_ID, MP3_PATH, "segment", "ex", "depth", "rms")
 SPLITS = ("train", "val", "test")
 NUM_TAGS = 50
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from toolkit.data.csv_file import Row
 from toolkit.errors import BuildError
@@ -69,7 +70,9 @@ class ClipTable:
 
     def sha256(self) -> str:
         """Return a hash of all that the shards contain of the tables."""
-        columns = (self.tags, self.clip_ids, self.paths, self.splits, self.shards.tolist())
+        # File systems may store the same path in another Unicode form.
+        paths = [normalize("NFC", path) for path in self.paths]
+        columns = (self.tags, self.clip_ids, paths, self.splits, self.shards.tolist())
         return hashlib.sha256(json.dumps(columns).encode() + self.labels.tobytes()).hexdigest()
 
     def replace_suffixes(self, suffix: str) -> None:
@@ -91,6 +94,15 @@ class ClipTable:
         if repeated:
             raise BuildError(f"--audio-suffix {suffix!r}: two clips become {repeated[0]}")
         self.paths = changed
+
+    def match_files(self, audio_dir: Path) -> None:
+        """Use the Unicode form of each path that names a file, such as macOS's for "é"."""
+        for number, path in enumerate(self.paths):
+            if path.isascii() or os.path.exists(audio_dir / path):
+                continue
+            for form in ("NFC", "NFD"):
+                if os.path.exists(audio_dir / normalize(form, path)):
+                    self.paths[number] = normalize(form, path)
 
     def check_links(self, audio_dir: Path) -> None:
         """Check that no symbolic link leads out of the audio folder, which may itself be a link.

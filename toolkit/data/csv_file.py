@@ -1,15 +1,18 @@
 """CSV and TSV files: their rows, with the row numbers for errors."""
 
+import codecs
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
+from unicodedata import normalize
 
 from toolkit.errors import AnnotationsError, UsageError
 
-DELIMITERS = ("\t", ",", ";")
+DELIMITERS = ("\t", ",", ";", "|")
+_SAVE_AS = "save the table as CSV in UTF-8"
 
 
 class Row(NamedTuple):
@@ -71,34 +74,83 @@ def read_files(paths: list[Path]) -> Table:
 
 def _read(path: Path) -> Table:
     table = Table([], [], [], "")
+    number = 0  # of the last row that was read
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding=_encoding(path), newline="") as file:
             first = file.readline()
             file.seek(0)
             # The delimiter that divides the header into most columns.
             table.delimiter = max(
                 DELIMITERS, key=lambda one: len(next(csv.reader([first], delimiter=one), []))
             )
-            reader = csv.reader(file, delimiter=table.delimiter, strict=True)
-            table.header = [name.strip() for name in next(reader, [])]
+            lines = _lines(path, file)
+            reader = csv.reader(
+                lines, delimiter=table.delimiter, strict=True, skipinitialspace=True
+            )
             for fields in reader:
-                if fields:
-                    table.rows.append(Row(path, reader.line_num))
+                if reader.line_num > number + 1:
+                    raise csv.Error(f"it ends in row {reader.line_num}")
+                number = reader.line_num
+                # Spreadsheets write empty fields at the end of rows, and empty rows.
+                while len(fields) > len(table.header) and not fields[-1].strip():
+                    fields.pop()
+                if number == 1:
+                    table.header = [normalize("NFC", name.strip()) for name in fields]
+                elif any(field.strip() for field in fields):
+                    table.rows.append(Row(path, number))
                     table.fields.append(fields)
     except FileNotFoundError:
         raise AnnotationsError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise AnnotationsError(f"{path}: is a folder, not a table") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise AnnotationsError(f"{path}: not a CSV or TSV table in UTF-8: {error}") from None
-    if not table.header and table.rows:
+    except UnicodeError:
+        raise AnnotationsError(
+            f"{path}: row {_first_row_not_utf8(path)}: not UTF-8: {_SAVE_AS}"
+        ) from None
+    except csv.Error as error:
+        raise AnnotationsError(
+            f"{path}: row {number + 1}: a field that begins with a quote must end with a quote, in "
+            f"the same row ({error}): remove the quote, or put the field in quotes and write "
+            "quotes inside it twice"
+        ) from None
+    _check(path, table)
+    return table
+
+
+def _encoding(path: Path) -> str:
+    """Return UTF-16 if the file begins with its byte order mark, as Excel's "Unicode text"."""
+    with open(path, "rb") as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return "utf-16" if is_utf16 else "utf-8-sig"
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        if "\0" in line:
+            raise AnnotationsError(f"{path}: row {number}: contains a NUL byte: {_SAVE_AS}")
+        yield line
+
+
+def _first_row_not_utf8(path: Path) -> int:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1  # UTF-16 that is truncated
+
+
+def _check(path: Path, table: Table) -> None:
+    if not any(table.header) and table.rows:
         raise AnnotationsError(f"{path}: row 1 is empty, expected the names of the columns")
-    if not any(table.header) or not table.rows:
+    if not table.rows:
         raise AnnotationsError(f"{path}: the table has no rows")
     repeated = [name for name, count in Counter(table.header).items() if name and count > 1]
     if repeated:
         raise AnnotationsError(
-            f"{path}: row 1, column {repeated[0]!r}: the name appears twice; rename one column"
+            f"{path}: row 1, column {repeated[0]!r}: the name appears twice: rename one column, or "
+            "join the rows of a header that has several, such as FMA's"
         )
     for row, fields in zip(table.rows, table.fields, strict=True):
         if len(fields) < len(table.header):
@@ -106,7 +158,6 @@ def _read(path: Path) -> Table:
                 f"{path}: row {row.number}: {len(fields)} fields, row 1 has {len(table.header)}: "
                 "every row needs a field for each column"
             )
-    return table
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

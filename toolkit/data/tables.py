@@ -12,9 +12,10 @@ column, 188 tag columns of 0 and 1, and an ``mp3_path`` column whose folders are
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from toolkit import cli
 from toolkit.cli import option
@@ -23,6 +24,7 @@ from toolkit.data.annotations import (
     FOLDER_SPLITS,
     MP3_PATH,
     NUM_TAGS,
+    RESERVED_TAGS,
     SPLITS,
     draw_splits,
     top_tags,
@@ -42,9 +44,19 @@ PATH_COLUMNS = (
 TAGS_COLUMN = "tags"
 SPLIT_COLUMN = "split"
 FOLDER = "folder"  # for --split-by: the first folder of the path
-SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(
-    ("val", "valid", "validation"), "val"
+SPLIT_NAMES = (
+    dict.fromkeys(("train", "training"), "train")
+    | dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+    | dict.fromkeys(("test", "testing"), "test")
 )
+# Notations of labels, in lower case. Some spreadsheets write 1,0 with a decimal comma.
+_NOTATIONS = {
+    "0 and 1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "0,0": 0, "1,0": 1},
+    "True and False": {"false": 0, "true": 1},
+    "yes and no": {"no": 0, "yes": 1},
+}
+_LIST_DELIMITERS = (",", ";", "|")
+_NUM_SHOWN = 6  # first and last tags of a long list
 
 
 @dataclass(frozen=True)
@@ -59,13 +71,19 @@ class TableForm:
     )
     tags_column: str | None = option(
         None, "column that lists the tags of a clip",
-        shown=f"a column named {TAGS_COLUMN}; without one, each column of 0 and 1 is a tag",
+        shown=f"a column named {TAGS_COLUMN}; without one, each column of 0 and 1, or of True and "
+        "False, is a tag",
         group="your own data", metavar="NAME",
     )
     tags_delimiter: str | None = option(
         None, "delimiter of the tags in a list",
-        shown="a comma; if the column is the last, one tag per further field",
+        shown=f"the one that occurs, of {' '.join(_LIST_DELIMITERS)}; if the column is the last, "
+        "one tag per further field",
         group="your own data", metavar="TEXT",
+    )
+    exclude_columns: tuple[str, ...] | None = option(
+        None, "columns of 0 and 1 that are not tags",
+        group="your own data", nargs="+", metavar="NAME",
     )
     split_column: str | None = option(
         None, f"column of the split: {', '.join(SPLIT_NAMES)}",
@@ -124,12 +142,16 @@ def read_tables(
     """
     form = form or TableForm()
     table = read_files([Path(path) for path in paths])
-    is_mtt = form == TableForm() and _is_mtt(table)
+    is_mtt = replace(form, exclude_columns=None) == TableForm() and _is_mtt(table)
     path_column = _find_path_column(table, form)
-    id_column = next(iter(table.matching(CLIP_ID)), path_column)
-    _check_identities(table, path_column, id_column)
+    paths = _read_paths(table, path_column)
+    id_columns = table.matching(CLIP_ID)
+    clip_ids = table.values(id_columns[0]) if id_columns else paths
+    if id_columns:
+        _check_unique(table, id_columns[0], clip_ids)
+    excluded = [table.named(name, "--exclude-columns") for name in form.exclude_columns or ()]
     split_columns = [form.split_by, form.split_column, *table.matching(SPLIT_COLUMN)]
-    no_tags = {path_column, id_column, *split_columns, ""}
+    no_tags = {path_column, *id_columns[:1], *split_columns, *excluded, ""}
     rows_of, notes = _find_tags(table, no_tags, form, is_mtt)
     # Drawn from all clips with a tag, so that the split does not depend on the number of tags.
     is_tagged = np.zeros(len(table.rows), bool)
@@ -147,30 +169,44 @@ def read_tables(
     for number, tag in enumerate(tags):
         labels[rows_of[tag], number] = 1
     is_kept = labels.any(axis=1)
-    columns = (table.values(id_column), table.values(path_column), splits, table.rows)
-    kept = (list(compress(column, is_kept)) for column in columns)
+    kept = (list(compress(column, is_kept)) for column in (clip_ids, paths, splits, table.rows))
     clips = ClipTable(tags, labels[is_kept], *kept, path_column)
+    if any("\\" in path for path in table.values(path_column)):
+        notes.append("paths are read with / for \\")
+    first = f"paths are in column {path_column!r}, {notes[0]}, {split_note}"
+    return clips, [first, *_describe(clips, len(table.rows), rows_of), *notes[1:]]
 
-    notes = [f"paths are in column {path_column!r}, {notes[0]}, {split_note}", *notes[1:]]
-    notes.append(
-        f"{len(clips.paths)} of {len(table.rows)} clips carry one or more of the "
-        f"{len(clips.tags)} most frequent of {len(rows_of)} tags"
-    )
+
+def _describe(clips: ClipTable, num_rows: int, names: Collection[str]) -> list[str]:
+    """Describe the clips and their tags; `names` are all tags, also those that are not kept."""
+    counts = zip(clips.tags, clips.labels.sum(axis=0), strict=True)
+    shown = [f"{tag} ({count})" for tag, count in counts][::-1]
+    if len(shown) > 2 * _NUM_SHOWN:
+        shown[_NUM_SHOWN:-_NUM_SHOWN] = ["…"]
+    notes = [
+        f"{len(clips.paths)} of {num_rows} clips carry one or more of the {len(clips.tags)} most "
+        f"frequent of {len(names)} tags: {', '.join(shown)}"
+    ]
     if empty := [split for split in SPLITS if split not in clips.splits]:
         notes.append(f"splits without clips: {', '.join(empty)}")
     is_untrained = ~clips.labels[np.array(clips.splits) == "train"].any(axis=0)
     if untrained := list(compress(clips.tags, is_untrained)):
         notes.append(f"tags without training clips: {', '.join(untrained)}")
-    return clips, notes
+    similar = {}
+    for name in names:
+        similar.setdefault(" ".join(name.casefold().split()), []).append(name)
+    groups = [group for group in similar.values() if len(group) > 1]
+    if alike := [name for group in groups if set(group) & set(clips.tags) for name in group]:
+        notes.append(f"tags that differ only in case or spaces: {listed(alike)}")
+    return notes
 
 
 def _is_mtt(table: Table) -> bool:
     """Return whether a table has the columns of MagnaTagATune's."""
     ends = (table.header[0], table.header[-1])
     is_single = len({row.table for row in table.rows}) == 1
-    return (
-        is_single and ends == (CLIP_ID, MP3_PATH) and not table.matching(TAGS_COLUMN, SPLIT_COLUMN)
-    )
+    has_others = table.matching(TAGS_COLUMN, SPLIT_COLUMN)
+    return is_single and ends == (CLIP_ID, MP3_PATH) and not has_others
 
 
 # --- Paths and tags ------------------------------------------------------------------------------
@@ -189,14 +225,23 @@ def _find_path_column(table: Table, form: TableForm) -> str:
     return found[0]
 
 
-def _check_identities(table: Table, path_column: str, id_column: str) -> None:
-    paths = table.values(path_column)
-    for row, path in zip(table.rows, paths, strict=True):
+def _read_paths(table: Table, column: str) -> list[str]:
+    """Return the paths with slashes; check that each names another file in the audio folder."""
+    paths = []
+    for row, written in zip(table.rows, table.values(column), strict=True):
+        path = written.strip().replace("\\", "/")
+        if re.match(r"/|[A-Za-z]:", path):
+            raise row.error(
+                column,
+                f"{written!r} is an absolute path: write paths relative to --audio-dir, with /, "
+                f"such as {PurePosixPath(path).name!r}",
+            )
         if not is_inside(path):
-            raise row.error(path_column, f"{path!r} is not a path inside the audio folder")
-    # 'a/./b' is the same file as 'a/b'.
-    _check_unique(table, path_column, [str(PurePosixPath(path)) for path in paths])
-    _check_unique(table, id_column, table.values(id_column))
+            raise row.error(column, f"{written!r} is not a path inside the audio folder")
+        paths.append(path)
+    # The same file may be written as 'a/b' and 'a/./b', and with composed or other characters.
+    _check_unique(table, column, [normalize("NFC", str(PurePosixPath(path))) for path in paths])
+    return paths
 
 
 def _check_unique(table: Table, column: str, values: list[str]) -> None:
@@ -219,49 +264,66 @@ def _find_tags(
         column = table.named(form.tags_column, "--tags-column")
         return _read_lists(table, column, form.tags_delimiter)
     for column in table.matching(TAGS_COLUMN):
-        if column not in no_tags and not set(table.values(column)) <= {"0", "1"}:
+        values = table.values(column)
+        if column not in no_tags and any(_notation(value) is None for value in set(values)):
             return _read_lists(table, column, form.tags_delimiter)
     if form.tags_delimiter:
         raise UsageError("--tags-delimiter: name the column of the lists with --tags-column")
     return _read_columns(table, no_tags, is_mtt)
 
 
+def _notation(value: str) -> str | None:
+    """Return the notation of a label, or None for other values."""
+    value = value.strip().casefold()
+    return next((name for name, labels in _NOTATIONS.items() if value in labels), None)
+
+
 def _read_columns(
     table: Table, no_tags: Collection[str], is_mtt: bool
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """Read columns of 0 and 1. Other columns are no tags, but errors in MagnaTagATune's table."""
+    """Read columns of labels. Other columns are no tags, but errors in MagnaTagATune's table."""
     table.check_lengths()
-    rows_of, unused, num_columns = {}, [], 0
+    found = {name: {} for name in _NOTATIONS}  # rows of each tag
+    unused = []
     for column in table.header:
         if column in no_tags:
             continue
         values = table.values(column)
-        labels = {value: value.strip() for value in set(values)}
-        if not set(labels.values()) <= {"0", "1"}:
-            invalid = [row for row, value in enumerate(values) if labels[value] not in ("0", "1")]
-            if 2 * len(invalid) >= len(values) and not is_mtt:
-                unused.append(column)
-                continue
-            raise table.rows[invalid[0]].error(
+        counts = Counter()
+        for value, count in Counter(values).items():
+            counts[_notation(value)] += count
+        notation = max(_NOTATIONS, key=lambda name: counts[name])
+        num_invalid = len(values) - counts[notation]
+        if num_invalid and 2 * num_invalid >= len(values) and not is_mtt:
+            unused.append(column)
+            continue
+        if num_invalid:
+            place = next(n for n, value in enumerate(values) if _notation(value) != notation)
+            raise table.rows[place].error(
                 column,
-                f"found {labels[values[invalid[0]]]!r}, expected 0 or 1 (remove the column if it "
-                "is not a tag)",
+                f"found {values[place].strip()!r}, expected {notation.replace('and', 'or')} "
+                "(--exclude-columns leaves out a column that is not a tag)",
             )
-        _check_tag(column, Row(table.rows[0].table, 1), column)
-        num_columns += 1
-        # Shards of the published program have a label for each tag of MagnaTagATune's table.
-        if is_mtt or "1" in labels.values():
-            rows_of[column] = [row for row, value in enumerate(values) if labels[value] == "1"]
-    if not num_columns:
+        ones = {v for v in set(values) if _NOTATIONS[notation][v.strip().casefold()]}
+        found[notation][column] = [row for row, value in enumerate(values) if value in ones]
+    # Columns of True and False beside tags of 0 and 1 are hardly tags.
+    notation = next((name for name, rows_of in found.items() if rows_of), None)
+    if notation is None:
+        _, *others = _NOTATIONS
         raise UsageError(
-            f"{table.rows[0].table}: no column contains only 0 and 1, and none is named "
-            f"{TAGS_COLUMN!r}: name the column that lists the tags with --tags-column, one of "
-            f"{listed(table.header)}"
+            f"{table.rows[0].table}: no column contains only 0 and 1, or {', or '.join(others)}, "
+            f"and none is named {TAGS_COLUMN!r}: write 0 for empty labels, or name the column that "
+            f"lists the tags with --tags-column, one of {listed(table.header)}"
         )
-    notes = [f"tags are {num_columns} columns of 0 and 1"]
+    rows_of = found.pop(notation)
+    unused += [column for other in found.values() for column in other]
+    for column in rows_of:
+        _check_tag(column, Row(table.rows[0].table, 1), column)
+    notes = [f"tags are {len(rows_of)} columns of {notation}"]
     if unused:
-        notes.append(f"columns that are not tags, with values other than 0 and 1: {listed(unused)}")
-    return rows_of, notes
+        notes.append(f"columns that are not tags: {listed(unused)}")
+    # Shards of the published program have a label for each tag of MagnaTagATune's table.
+    return {tag: rows for tag, rows in rows_of.items() if rows or is_mtt}, notes
 
 
 def _read_lists(
@@ -276,7 +338,7 @@ def _read_lists(
     )
     if not is_spread:
         table.check_lengths()
-    delimiter = delimiter or ","
+        delimiter = delimiter or _find_delimiter(table, column)
     rows_of = {}
     for number, (row, fields) in enumerate(zip(table.rows, table.fields, strict=True)):
         value = fields[place].strip()
@@ -285,19 +347,42 @@ def _read_lists(
         if is_spread and table.delimiter in value:
             reason = "is a list, but other rows continue in further columns: use one form"
             raise row.error(column, f"{value[:40]!r} {reason}")
-        listed = fields[place:] if is_spread else value.split(delimiter)
-        for tag in {tag.strip() for tag in listed} - {""}:
+        listed_tags = fields[place:] if is_spread else value.split(delimiter)
+        for tag in {normalize("NFC", tag.strip()) for tag in listed_tags} - {""}:
             if tag not in rows_of:
                 _check_tag(tag, row, column)
             rows_of.setdefault(tag, []).append(number)
     how = "and the columns that follow" if is_spread else f"with delimiter {delimiter!r}"
+    notes = [f"tags are in column {column!r} {how}"]
+    if odd := [tag for tag in sorted(rows_of) if re.search(r'[,;|"]', tag)]:
+        notes.append(f"tags that contain a delimiter or a quote: {listed(odd)}")
     # Sorted, so that the order of tags with equal counts does not depend on the order of rows.
-    return dict(sorted(rows_of.items())), [f"tags are in column {column!r} {how}"]
+    return dict(sorted(rows_of.items())), notes
+
+
+def _find_delimiter(table: Table, column: str) -> str:
+    """Return the delimiter that occurs in the lists, or the first if none does."""
+    found = {}
+    for row, value in zip(table.rows, table.values(column), strict=True):
+        for delimiter in _LIST_DELIMITERS:
+            if delimiter in value:
+                found.setdefault(delimiter, row)
+    if len(found) > 1:
+        places = ", ".join(f"{one!r} in row {row.number}" for one, row in found.items())
+        raise UsageError(
+            f"{table.rows[0].table}: column {column!r}: several delimiters ({places}): name the "
+            "delimiter of the lists with --tags-delimiter"
+        )
+    return next(iter(found), _LIST_DELIMITERS[0])
 
 
 def _check_tag(tag: str, row: Row, column: str) -> None:
-    if tag in (CLIP_ID, MP3_PATH) or re.search(r"[\x00-\x1f]", tag):
-        raise row.error(column, f"{tag!r} cannot be the name of a tag: rename the tag")
+    if tag in RESERVED_TAGS or re.search(r"[\x00-\x1f]", tag):
+        raise row.error(
+            column,
+            f"{tag!r} cannot be the name of a tag (reserved: {', '.join(RESERVED_TAGS)}): rename "
+            "the tag",
+        )
 
 
 # --- Splits --------------------------------------------------------------------------------------
@@ -367,7 +452,7 @@ def _split_by_groups(
     else:
         column = table.named(form.split_by, "--split-by")
         what, missing = f"column {column!r}", "the field is empty"
-        groups = [group.strip() for group in table.values(column)]
+        groups = [normalize("NFC", group.strip()) for group in table.values(column)]
     for row, group in zip(table.rows, groups, strict=True):
         if not group:
             raise row.error(column, missing)
