@@ -41,6 +41,7 @@ from toolkit.data.clip import ClipTable
 from toolkit.data.manifest import (
     SHARD_FOLDER,
     as_typed,
+    check_data_dir,
     check_options,
     gather,
     hash_tables,
@@ -53,7 +54,7 @@ from toolkit.data.records import ENCODINGS
 from toolkit.data.shards import finished_shards, make_shard, plan_shards
 from toolkit.data.tables import TableForm, read_tables
 from toolkit.errors import BuildError, UsageError
-from toolkit.files import only_run, remove_leftovers
+from toolkit.files import exists, only_run, remove_leftovers
 from toolkit.signals import stop_on_signals
 from toolkit.workers import local_workers, run_tasks
 
@@ -214,10 +215,10 @@ def build(data_dir: str | Path, **options) -> dict:
     folder.mkdir(exist_ok=True, parents=bool(options.annotations))
     with only_run(folder, "build", BuildError):
         # Check everything before the first write: a refused build leaves the folder as it was.
-        must_compare = check_options(folder, recorded, _UNRECORDED, options.tables)
+        earlier = check_options(folder, recorded, _UNRECORDED, options.tables)
         remove_leftovers(folder)
         tasks = plan_shards(clips, folder, options.audio_folder, recorded)
-        done = finished_shards(folder, tasks, must_compare)
+        done = finished_shards(folder, tasks, recorded, earlier)
         start_progress(folder, recorded)
         try:
             _make_shards(tasks, done, options)
@@ -245,12 +246,13 @@ def _check_input(options: BuildOptions) -> None:
             f"--stop {as_typed(options.stop)}: shorter than one segment of {options.num_samples} "
             f"samples, {seconds:.3g} s at {options.sample_rate} Hz"
         )
+    check_data_dir(options.data_dir)
     for table in options.tables:
-        if not table.exists():
+        if not exists(table):
             if not options.annotations:
                 raise BuildError(missing_dataset_message(options.data_dir))
             raise BuildError(f"--annotations {table}: no such file")
-    if not options.audio_folder.is_dir():
+    if not exists(options.audio_folder) or not options.audio_folder.is_dir():
         if not options.annotations and options.audio_dir is None:
             raise BuildError(missing_dataset_message(options.data_dir))
         raise BuildError(
@@ -272,6 +274,7 @@ def _read_annotations(options: BuildOptions) -> ClipTable:
     clips.match_files(folder)
     # os.path.isfile returns False for invalid paths and for paths without read permission.
     if not any(os.path.isfile(folder / path) for path in clips.paths):
+        exists(folder / clips.paths[0])  # raises the error of a missing permission
         raise BuildError(
             f"{folder}: contains none of the {len(clips.paths)} clips: expected files such as "
             f"{folder / clips.paths[0]}"

@@ -4,7 +4,7 @@
     for clip in read_clips(dataset.splits["test"].shards):
         ...
 
-``manifest.json`` describes the shards. Without a manifest, as in datasets of the published program,
+``manifest.json`` describes the shards. Datasets of the published program have no manifest: their
 clips and segments are counted from the record headers. TensorFlow is not needed: an index of the
 record headers gives random access to the segments, so each epoch is perfectly shuffled with only a
 few batches in memory.
@@ -24,9 +24,14 @@ from toolkit.data.annotations import (
 )
 from toolkit.data.audio import SAMPLE_RATE, segments_per_part
 from toolkit.data.clip import Clip
-from toolkit.data.manifest import MANIFEST_NAME, SHARD_FOLDER, find_shards, read_manifest
+from toolkit.data.manifest import (
+    MANIFEST_NAME,
+    SHARD_FOLDER,
+    check_data_dir,
+    find_shards,
+    read_manifest,
+)
 from toolkit.data.records import (
-    count_clips,
     decode_record,
     index_records,
     read_record,
@@ -36,7 +41,7 @@ from toolkit.data.records import (
 )
 from toolkit.data.tables import read_tables
 from toolkit.errors import AnnotationsError, ShardError
-from toolkit.files import allow_open_files
+from toolkit.files import allow_open_files, exists
 
 import numpy as np
 
@@ -81,16 +86,20 @@ def open_dataset(data_dir: str | Path) -> Dataset:
 
     Raises
     ------
+    UsageError
+        The folder is that of the shards.
     ShardError
-        There are no shards, shards are missing, or the shards belong to different sets.
+        There are no shards, shards are missing, the shards belong to different sets, or only the
+        manifest of a build of this toolkit is missing.
     AnnotationsError
         There is no manifest and the tags are unknown.
     """
     data_dir = Path(data_dir)
     folder = data_dir / SHARD_FOLDER
-    if not data_dir.is_dir() or not (folder.is_dir() or (data_dir / ANNOTATIONS_NAME).exists()):
+    check_data_dir(data_dir)
+    if not exists(folder) and not exists(data_dir / ANNOTATIONS_NAME):
         raise ShardError(missing_dataset_message(data_dir))
-    shards = find_shards(folder)
+    shards = find_shards(folder) if exists(folder) else {}
     if not any(shards.values()):
         raise ShardError(
             f"{folder}: no shards: build them with: python build_mtt.py --data-dir {data_dir}"
@@ -142,16 +151,20 @@ def _check_file_sizes(paths: list[Path], entries: list[dict]) -> None:
 def _dataset_from_headers(data_dir: Path, shards: dict) -> Dataset:
     splits = {}
     for split in SPLITS:
+        count = sum(len(index_records(path)) for path in shards[split])
         if split == "test":
-            count = sum(count_clips(path) for path in shards[split])
             splits[split] = Split(shards[split], num_clips=count, num_segments=None)
         else:
-            count = sum(len(index_records(path)) for path in shards[split])
             splits[split] = Split(shards[split], num_clips=None, num_segments=count)
     first = next(path for split in SPLITS for path in shards[split])
     clip = next(read_clips([first]), None)
     if clip is None:
         raise ShardError(f"{first}: the shard contains no records: run build_mtt.py again")
+    if clip.clip_id:  # the published program writes none
+        raise ShardError(
+            f"{data_dir / SHARD_FOLDER}: {MANIFEST_NAME} is missing: run build_mtt.py again, or "
+            "copy the file from where the shards come from"
+        )
     return Dataset(
         path=data_dir,
         tags=_tags_of_annotations(data_dir, len(clip.labels)),

@@ -96,12 +96,13 @@ def written_by(data_dir, worker):
 
 
 def line_of(messages):
-    """Return the only line of messages, except messages about waiting and progress."""
+    """Return the only line of messages, except those about tables, waiting and progress."""
     lines = messages.splitlines(keepends=True)
     (line,) = [
         line
         for line in lines
-        if "waiting for workers to join" not in line and not line.startswith("building: ")
+        if "waiting for workers to join" not in line
+        and not line.startswith(("annotations_final.csv: ", "building: "))
     ]
     return line
 

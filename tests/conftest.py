@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import errno
 import importlib.util
 import os
 import shutil
@@ -127,6 +128,22 @@ def write_other_tags(data_dir):
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+
+
+def deny(monkeypatch, folder):
+    """Refuse to list a folder and to find what is in it, as without permission; root may do all."""
+
+    def refuse(call):
+        def checked(path=".", *args, **options):
+            place = Path(path) if isinstance(path, str | os.PathLike) else Path("/")
+            if folder in place.parents or (call is not os.stat and place == folder):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, *args, **options)
+
+        return checked
+
+    for name in ("listdir", "scandir", "stat"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Write small shards of random clips, with and without a manifest."""
 
+from dataclasses import replace
+
 from input_data import Clip
-from toolkit.data.manifest import shard_name
-from toolkit.data.records import encode_clip, write_records
+from toolkit.data.manifest import shard_name, write_manifest
+from toolkit.data.records import encode_clip, index_records, write_records
 
 import numpy as np
 
@@ -40,7 +42,25 @@ def write_published_shards(data_dir, num_clips=3, num_tags=NUM_TAGS, num_samples
     for split, num_shards in (("train", 2), ("val", 1), ("test", 1)):
         for shard in range(num_shards):
             clips = make_clips(num_clips, num_samples, num_tags, seed=shard)
+            clips = [replace(clip, clip_id="", mp3_path="") for clip in clips]
             write_shard(folder / shard_name(split, shard, num_shards), clips)
+    return data_dir
+
+
+def add_manifest(data_dir, num_tags=50, num_samples=NUM_SAMPLES):
+    """Describe shards that contain one clip per record."""
+    splits = {}
+    for path in sorted((data_dir / "tfrecord").glob("*.tfrecord")):
+        count = len(index_records(path))
+        split = splits.setdefault(
+            path.name.split("-")[0], {"clips": 0, "segments": 0, "shards": []}
+        )
+        split["clips"] += count
+        split["segments"] += count
+        split["shards"].append({"name": path.name, "clips": count, "segments": count})
+    tags = [f"tag {number}" for number in range(num_tags)]
+    manifest = {"tags": tags, "sample_rate": 22050, "num_samples": num_samples, "splits": splits}
+    write_manifest(data_dir / "tfrecord", manifest)
     return data_dir
 
 

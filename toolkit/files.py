@@ -73,6 +73,16 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def exists(path: str | Path) -> bool:
+    """Return whether a path exists; raise PermissionError if a folder above cannot be read."""
+    # Path.exists hides missing permissions since Python 3.14.
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file that appears complete or not at all."""
     with written_whole(path) as file:

@@ -20,6 +20,7 @@ import pytest
 from builds import SCRIPT, SHARDS, build, contents, refusal, run, shards_in
 from conftest import (
     TAGS,
+    deny,
     encode_audio,
     encode_float,
     opened,
@@ -387,6 +388,50 @@ def test_build_of_an_earlier_version_is_resumed(finished, data_dir):
     (folder / "val-0001-of-0003.tfrecord").unlink()
     assert build(data_dir) == 0
     assert contents(data_dir) == contents(finished[0])
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_audio_of_other_sizes_is_refused_elsewhere_and_rebuilt_here(
+    capsys, finished, data_dir, tmp_path, is_moved
+):
+    shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
+    options = []
+    if is_moved:
+        (data_dir / "mp3").rename(tmp_path / "music")
+        (data_dir / "mp3").mkdir()
+        options = ["--audio-dir", str(tmp_path / "music")]
+    before = [path.stat().st_mtime_ns for path in shards_in(data_dir)]
+    assert build(data_dir, *options) == 0  # the same files at another place
+    assert [path.stat().st_mtime_ns for path in shards_in(data_dir)] == before
+    capsys.readouterr()
+    (clip,) = tmp_path.glob("music/4/*.mp3" if is_moved else "dataset/mp3/4/*.mp3")
+    encode_audio(clip, synthesise(1.4))
+    if is_moved:
+        options = ["--audio-dir", str(shutil.copytree(tmp_path / "music", tmp_path / "other"))]
+        line = refusal(capsys, data_dir, *options)
+        assert "--audio-dir was ../music, now ../other, where the files of train-" in line
+        return
+    assert build(data_dir, *options) == 0
+    assert capsys.readouterr().err.count("rebuilt, since its audio files have other sizes") == 1
+    assert [path.stat().st_mtime_ns for path in shards_in(data_dir)] != before
+
+
+def test_folders_that_cannot_be_read_are_named(capsys, monkeypatch, data_dir):
+    deny(monkeypatch, data_dir / "mp3" / "0")
+    (data_dir / "mp3" / "1").rename(data_dir / "elsewhere")
+    table = data_dir / "annotations_final.csv"
+    header, first, *_ = table.read_text().splitlines()
+    table.write_text(f"{header}\n{first}\n")
+    assert f"{data_dir / 'mp3' / '0'}/clip-00-0-1.mp3: Permission denied" in refusal(
+        capsys, data_dir
+    )
+    deny(monkeypatch, data_dir)
+    assert f"{data_dir}: Permission denied" in refusal(capsys, data_dir)
+
+
+def test_folder_of_the_shards_is_refused(capsys, finished):
+    line = refusal(capsys, finished[0] / "tfrecord", status=2)
+    assert f"give the folder above, --data-dir {finished[0]}" in line
 
 
 def test_second_build_in_the_same_folder_is_refused(capsys, data_dir):

@@ -16,18 +16,17 @@ from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.data.example_pb2 import Example, Features
 from toolkit.data.manifest import read_manifest, shard_name, write_manifest
 from toolkit.data.records import encode_clip, index_records, write_records
-from toolkit.errors import AnnotationsError, ShardError
+from toolkit.errors import AnnotationsError, ShardError, UsageError
 
 import numpy as np
 import pytest
-from conftest import write_annotations, write_dataset
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import deny, write_annotations, write_dataset
 from shards import (
     NUM_TAGS,
     SPLIT_OF,
     TEST_SHARD,
     TRAIN_SHARD,
+    add_manifest,
     assert_same_clips,
     make_clips,
     write_published_shards,
@@ -54,22 +53,36 @@ def test_manifest_describes_the_shards(tiny_dataset):
         assert {len(clip.labels) for clip in clips} == {len(dataset.tags)}
 
 
-def test_shards_without_a_manifest_are_counted(tmp_path, tiny_dataset):
-    data_dir = tmp_path / "dataset"
-    shutil.copytree(tiny_dataset / "tfrecord", data_dir / "tfrecord")
-    shutil.copy(tiny_dataset / "annotations_final.csv", data_dir)
-    described = open_dataset(data_dir)
-    (data_dir / "tfrecord" / "manifest.json").unlink()
-    counted = open_dataset(data_dir)
-    assert counted.tags == described.tags
-    assert counted.num_samples == described.num_samples
-    for split in ("train", "val"):
-        assert counted.splits[split].num_segments == described.splits[split].num_segments
-        assert counted.splits[split].num_clips is None
-    assert counted.splits["test"].num_clips == described.splits["test"].num_clips
-    assert counted.splits["test"].num_segments is None
-    for split in ("train", "val", "test"):
-        assert counted.splits[split].shards == described.splits[split].shards
+def test_published_shards_are_counted(tmp_path):
+    splits = open_dataset(write_published_shards(tmp_path, num_tags=50)).splits
+    assert (splits["train"].num_segments, splits["val"].num_segments) == (12, 6)
+    assert splits["test"].num_clips == 3
+    assert splits["train"].num_clips is splits["test"].num_segments is None
+
+
+def test_other_shards_without_a_manifest_are_refused(tmp_path, tiny_dataset):
+    """They may have other tags and another sample rate than MagnaTagATune."""
+    shutil.copytree(tiny_dataset / "tfrecord", tmp_path / "tfrecord")
+    (tmp_path / "tfrecord" / "manifest.json").unlink()
+    with pytest.raises(ShardError, match=r"manifest\.json is missing: run build_mtt\.py again, or"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train-0000-of-0002.tfrecord", "test-0000-of-0001.seq.tfrecord"])
+def test_folder_of_the_shards_is_refused(tmp_path, name):
+    (tmp_path / "tfrecord").mkdir()
+    (tmp_path / "tfrecord" / name).touch()
+    with pytest.raises(UsageError, match=f"give the folder above, --data-dir {tmp_path}"):
+        open_dataset(tmp_path / "tfrecord")
+
+
+@pytest.mark.parametrize("folder", ["", "tfrecord"])
+def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, folder):
+    data_dir = write_published_shards(tmp_path / "dataset", num_tags=50)
+    deny(monkeypatch, data_dir / folder)
+    with pytest.raises(PermissionError) as caught:
+        open_dataset(data_dir)
+    assert Path(caught.value.filename) == data_dir / folder
 
 
 def test_published_shards_have_the_published_tags(golden):
@@ -144,35 +157,6 @@ def test_long_clip_comes_in_parts(tmp_path, monkeypatch, name, lengths):
         assert len(index_records(path)) == sum(-(-length // PART) for length in lengths)
 
 
-@pytest.mark.parametrize("has_names", [True, False])
-def test_test_clips_without_a_manifest_are_counted_by_their_names(tmp_path, monkeypatch, has_names):
-    monkeypatch.setattr(audio, "PART_SAMPLES", PART * 4)
-    folder = tmp_path / "tfrecord"
-    folder.mkdir()
-    write_annotations(tmp_path / "annotations_final.csv", [["1", 1, 1, "0/a.mp3"]], ["a", "b"])
-    clips = long_clips((12, 5, 1, 11))
-    if not has_names:
-        clips = [replace(clip, clip_id="") for clip in clips]
-    parts = [part for clip in clips for part in parts_of(clip)]
-    write_shard(folder / shard_name("test", 0, 2), parts)
-    write_shard(folder / shard_name("test", 1, 2), parts)
-    counted = open_dataset(tmp_path).splits["test"].num_clips
-    assert counted == (8 if has_names else 16)
-    found = list(read_clips(open_dataset(tmp_path).splits["test"].shards))
-    assert sum(clip.part == 0 for clip in found) == counted
-
-
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(noise=st.binary(max_size=60), is_context=st.booleans())
-def test_any_record_counts_as_a_clip(tmp_path, noise, is_context):
-    folder = tmp_path / "tfrecord"
-    folder.mkdir(exist_ok=True)
-    write_annotations(tmp_path / "annotations_final.csv", [["1", 1, 1, "0/a.mp3"]], ["a", "b"])
-    sound = [record for clip in long_clips((1, 2)) for record in encode_clip(clip, "test")]
-    write_records(folder / TEST_SHARD, [*sound, b"\x0a" * is_context + noise])
-    assert open_dataset(tmp_path).splits["test"].num_clips == 3
-
-
 # --- Training batches -----------------------------------------------------------------------------
 
 
@@ -187,7 +171,7 @@ def segments_dataset(tmp_path_factory):
         for clip in range(10):
             numbers = np.arange(number, number + 1 + clip % 4, dtype=np.float32)
             segments = np.repeat(numbers[:, np.newaxis], 30, axis=1)  # (n_segments, n_samples)
-            clips.append(Clip(segments, np.uint8([clip % 2, clip % 3 == 0] * 25), str(number)))
+            clips.append(Clip(segments, np.uint8([clip % 2, clip % 3 == 0] * 25)))
             number += len(numbers)
         write_shard(data_dir / "tfrecord" / shard_name("train", shard, 4), clips)
     return open_dataset(data_dir)
@@ -237,7 +221,7 @@ def test_reader_reads_any_layout_and_verifies_it(tmp_path, encoding, change):
     clips = make_clips(4, num_tags=50)
     records = [change(record) for clip in clips for record in encode_clip(clip, "train", encoding)]
     write_records(path, records)
-    dataset = open_dataset(tmp_path)
+    dataset = open_dataset(add_manifest(tmp_path))
     segments, labels = direct(dataset)
     reader = SegmentReader(dataset)
     full_scale = 1 if encoding == "float32" else 32768
@@ -281,7 +265,7 @@ def test_reader_refuses_a_record_of_another_shape(tmp_path, clips, encodings, fo
         for record in encode_clip(clip, "train", encoding)
     ]
     write_records(tmp_path / "tfrecord" / TRAIN_SHARD, records)
-    reader = SegmentReader(open_dataset(tmp_path))
+    reader = SegmentReader(open_dataset(add_manifest(tmp_path)))
     with pytest.raises(ShardError, match=f"record 3: {found}"):
         reader.read(np.arange(4))
     reader.close()

@@ -6,6 +6,7 @@ manifest at the end, so that an interrupted build can be resumed.
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -14,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from toolkit.data.annotations import SPLITS
-from toolkit.errors import BuildError, ShardError
-from toolkit.files import write_atomically
+from toolkit.errors import BuildError, ShardError, UsageError
+from toolkit.files import exists, write_atomically
 
 SHARD_FOLDER = "tfrecord"
 MANIFEST_NAME = "manifest.json"
@@ -34,6 +35,23 @@ def shard_name(split: str, shard: int, num_shards: int) -> str:
     """Return the name of a shard, such as ``test-0000-of-0043.seq.tfrecord``."""
     suffix = ".seq.tfrecord" if split == "test" else ".tfrecord"
     return f"{split}-{shard:04d}-of-{num_shards:04d}{suffix}"
+
+
+def check_data_dir(data_dir: str | Path) -> None:
+    """Check that a folder is not that of the shards, which is inside a dataset's folder.
+
+    Raises
+    ------
+    UsageError
+        The folder itself contains shards.
+    """
+    data_dir = Path(data_dir)
+    names = os.listdir(data_dir) if exists(data_dir) else []
+    if any(_SHARD_NAME.fullmatch(name) for name in names):
+        raise UsageError(
+            f"--data-dir {data_dir}: contains the shards themselves: give the folder above, "
+            f"--data-dir {data_dir.absolute().parent}"
+        )
 
 
 def find_shards(folder: Path) -> dict[str, list[Path]]:
@@ -56,7 +74,7 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
     """
     found = {split: {} for split in SPLITS}
     totals = {split: set() for split in SPLITS}
-    for path in folder.glob("*.tfrecord"):
+    for path in folder.iterdir():  # raises an error without permission; glob returns nothing
         match = _SHARD_NAME.fullmatch(path.name)
         if not match:
             continue
@@ -215,8 +233,10 @@ def hash_tables(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Path]) -> bool:
+def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Path]) -> dict:
     """Check that the shards in a folder were built with the same options.
+
+    ``audio_dir`` may differ, because shards depend on the audio files and not on their place.
 
     Parameters
     ----------
@@ -232,9 +252,8 @@ def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Pa
 
     Returns
     -------
-    bool
-        Whether the records must be compared, too: earlier versions did not record
-        ``clips_sha256``.
+    dict
+        Options of the earlier build; empty if there is none.
 
     Raises
     ------
@@ -248,25 +267,29 @@ def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Pa
         manifest = read_manifest(folder / MANIFEST_NAME)
         earlier = {"tags": manifest["tags"]} | manifest.get("options", {})
     else:
-        return False
-    # Builds of earlier versions recorded neither tags, before the manifest, nor the hash.
-    must_compare = "clips_sha256" not in earlier
-    earlier = unrecorded | {name: options[name] for name in ("tags", "clips_sha256")} | earlier
+        return {}
+    earlier = unrecorded | earlier
+    # Builds of earlier versions recorded no hash, and the tags only in the manifest.
+    expected = {name: options[name] for name in ("tags", "clips_sha256")} | earlier
     for name, value in options.items():
-        if earlier.get(name) == value:
+        if name == "audio_dir" or expected.get(name) == value:
             continue
         if name in ("tags", "clips_sha256"):
             what = "this version of the toolkit reads the tables differently"
             raise another_build(folder, what, "use the other version")
         if name != "annotations_sha256":
-            was = as_typed(earlier.get(name))
-            what = f"--{name.replace('_', '-')} was {was}, now {as_typed(value)}"
+            what = changed_option(name, expected.get(name), value)
         elif len(tables) == 1:
             what = f"{tables[0].name} has changed since"
         else:
             what = "the tables or their order have changed since"
         raise another_build(folder, what)
-    return must_compare
+    return earlier
+
+
+def changed_option(name: str, was: object, value: object) -> str:
+    """Describe a changed option, such as ``--stop was 29, now none``."""
+    return f"--{name.replace('_', '-')} was {as_typed(was)}, now {as_typed(value)}"
 
 
 def another_build(folder: Path, what: str, instead: str = "use the same options") -> BuildError:
@@ -281,6 +304,8 @@ def as_typed(value: object) -> str:
     """Format the value of an option as on the command line."""
     if value is None:
         return "none"
+    if isinstance(value, list | tuple):
+        return " ".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -346,36 +346,6 @@ def record_encoding(record: bytes | memoryview, path: str | Path, number: int) -
         raise _damaged(path, number, str(error)) from None
 
 
-def count_clips(path: str | Path) -> int:
-    """Count the clips of a test shard: consecutive records with the same clip_id are one clip."""
-    count, previous = 0, b""
-    with open(path, "rb", buffering=0) as file:
-        for start, length in index_records(path):
-            clip_id = _peek_clip_id(file.fileno(), int(start), int(length))
-            count += not clip_id or clip_id != previous
-            previous = clip_id
-    return count
-
-
-def _peek_clip_id(fd: int, start: int, length: int) -> bytes:
-    """Read a test record's clip_id from its context, the first field, without the samples."""
-    prefix = os.pread(fd, min(length, 11), start)  # tag of field 1, length in up to ten bytes
-    if prefix[:1] != b"\x0a":
-        return b""
-    size = position = 0
-    for position, byte in enumerate(prefix[1:]):
-        size |= (byte & 0x7F) << 7 * position
-        if byte < 0x80:
-            break
-    content = os.pread(fd, min(size, length), start + position + 2)
-    try:
-        context = Features.FromString(content)
-    except DecodeError:
-        return b""  # reading the record will raise the error
-    values = context.feature[CLIP_ID_FEATURE].bytes_list.value
-    return values[0] if values else b""
-
-
 def _is_test_shard(path: str | Path) -> bool:
     return str(path).endswith(".seq.tfrecord")
 

@@ -12,7 +12,7 @@ from toolkit import messages
 from toolkit.data.annotations import CLIP_ID, MP3_PATH, SPLITS
 from toolkit.data.audio import cut_pieces, decode_pieces
 from toolkit.data.clip import Clip, ClipTable
-from toolkit.data.manifest import another_build, read_progress, shard_name
+from toolkit.data.manifest import another_build, changed_option, read_progress, shard_name
 from toolkit.data.records import append_records, decode_record, encode_clip, read_records
 from toolkit.errors import AudioError
 from toolkit.files import written_whole
@@ -71,7 +71,9 @@ def plan_shards(clips: ClipTable, folder: Path, audio_dir: Path, options: dict) 
     return tasks
 
 
-def finished_shards(folder: Path, tasks: list[ShardTask], must_compare: bool) -> dict[str, dict]:
+def finished_shards(
+    folder: Path, tasks: list[ShardTask], recorded: dict, earlier: dict
+) -> dict[str, dict]:
     """Return the entries of shards that an earlier run finished and that need no rebuilding.
 
     Parameters
@@ -80,18 +82,22 @@ def finished_shards(folder: Path, tasks: list[ShardTask], must_compare: bool) ->
         Folder of the shards.
     tasks : list of ShardTask
         All shards.
-    must_compare : bool
-        Whether to compare the records with the tasks.
+    recorded, earlier : dict
+        Options of this build, and of an earlier build (see `manifest.check_options`).
 
     Raises
     ------
     BuildError
-        A record differs from the task of its shard.
+        The tables are read differently than by an earlier version, or the audio folder is another
+        with other files.
     ShardError
         A record is damaged.
     """
     shard_of = {clip_id: task.path.name for task in tasks for clip_id, _, _ in task.clips}
     entries = read_progress(folder, shard_of)
+    must_compare = bool(entries) and "clips_sha256" not in earlier
+    if must_compare:
+        messages.say(f"{folder}: comparing the shards of an earlier version with the tables")
     if must_compare and (unknown := sorted(entries.keys() - set(shard_of.values()))):
         what = f"this version of the toolkit reads the tables differently: no {unknown[0]}"
         raise another_build(folder, what, "use the other version")
@@ -101,11 +107,35 @@ def finished_shards(folder: Path, tasks: list[ShardTask], must_compare: bool) ->
         if entry is None or not task.path.exists():
             continue
         is_complete = entry.get("bytes") in (None, task.path.stat().st_size)
-        if is_complete and must_compare:
+        if not is_complete:
+            continue
+        if must_compare:
             _compare_records(task, entry)
-        if is_complete and not _gains_clips(task, entry):
+        has_same_audio = _has_same_audio(task, entry)
+        if recorded["audio_dir"] != earlier["audio_dir"] and not has_same_audio:
+            what = changed_option("audio_dir", earlier["audio_dir"], recorded["audio_dir"])
+            what += f", where the files of {task.path.name} are missing or have other sizes"
+            raise another_build(folder, what)
+        if has_same_audio is False:
+            messages.say(f"{task.path.name}: rebuilt, since its audio files have other sizes")
+        elif not _gains_clips(task, entry):
             done[task.path.name] = entry
     return done
+
+
+def _has_same_audio(task: ShardTask, entry: dict) -> bool | None:
+    """Return whether the audio files of a shard have the sizes that they had when it was built.
+
+    Returns None if they cannot be compared: a file is missing, or an earlier version built the
+    shard, which did not record sizes.
+    """
+    skipped = {row[CLIP_ID] for row in entry["skipped"]}
+    paths = [path for clip_id, path, _ in task.clips if clip_id not in skipped]
+    try:
+        num_bytes = sum(os.path.getsize(task.audio_dir / path) for path in paths)
+    except OSError:
+        return None
+    return num_bytes == entry["audio_bytes"] if "audio_bytes" in entry else None
 
 
 def _compare_records(task: ShardTask, entry: dict) -> None:
@@ -156,10 +186,10 @@ def make_shard(task: ShardTask, count_clip: Callable[[], None] = lambda: None) -
     Returns
     -------
     dict
-        Entry of the shard: its name and its numbers of clips, segments and bytes, as in the
-        manifest, and the skipped clips with the reason for each.
+        Entry of the shard: its name and its numbers of clips, segments, bytes of audio files and
+        bytes, as in the manifest, and the skipped clips with the reason for each.
     """
-    counts = {"clips": 0, "segments": 0}
+    counts = {"clips": 0, "segments": 0, "audio_bytes": 0}
     skipped = []
     with written_whole(task.path) as shard:
         for clip_id, mp3_path, labels in task.clips:
@@ -178,6 +208,7 @@ def make_shard(task: ShardTask, count_clip: Callable[[], None] = lambda: None) -
             else:
                 counts["clips"] += 1
                 counts["segments"] += num_segments
+                counts["audio_bytes"] += os.path.getsize(task.audio_dir / mp3_path)
             count_clip()
     num_bytes = task.path.stat().st_size
     return {"name": task.path.name, **counts, "bytes": num_bytes, "skipped": skipped}

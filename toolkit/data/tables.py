@@ -306,7 +306,7 @@ def _read_columns(
             )
         ones = {v for v in set(values) if _NOTATIONS[notation][v.strip().casefold()]}
         found[notation][column] = [row for row, value in enumerate(values) if value in ones]
-    # Columns of True and False beside tags of 0 and 1 are hardly tags.
+    # Columns of True and False beside columns of 0 and 1 are probably not tags.
     notation = next((name for name, rows_of in found.items() if rows_of), None)
     if notation is None:
         _, *others = _NOTATIONS
