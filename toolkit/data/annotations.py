@@ -12,6 +12,7 @@ MP3_PATH = "mp3_path"
 # Names of columns beside the tags in tables that the toolkit writes or its notebook computes.
 RESERVED_TAGS = (CLIP_ID, MP3_PATH, "segment", "ex", "depth", "rms")
 SPLITS = ("train", "val", "test")
+# As in the paper.
 NUM_TAGS = 50
 
 # Order of the 50 outputs of published checkpoints: ascending by count in the original annotations,
@@ -33,7 +34,7 @@ SPLIT_SHARES = {"train": 0.75, "val": 0.08, "test": 0.17}
 _NUM_DRAWS = 200
 _MAX_GROUPS_DRAWN = 50_000
 
-# Split of each folder of MagnaTagATune's audio.
+# Split of each folder of MagnaTagATune's audio, as in the published program.
 FOLDER_SPLITS = dict.fromkeys("0123456789ab", "train") | {"c": "val"} | dict.fromkeys("def", "test")
 
 
@@ -55,6 +56,7 @@ def top_tags(counts: np.ndarray, names: list[str], num_tags: int = NUM_TAGS) -> 
         MagnaTagATune's published order if the selected tags are its top 50; otherwise ascending by
         count, ties in column order.
     """
+    # NumPy's default sort orders ties differently in different versions.
     ascending = np.argsort(np.asarray(counts), kind="stable")
     chosen = tuple(names[column] for column in ascending[-num_tags:])
     # Some counts in the original annotations are equal. Keep the published 50 tags even if one of
@@ -91,6 +93,7 @@ def assign_shards(splits: Sequence[str], num_audios_per_shard: int) -> np.ndarra
     shards = np.zeros(len(splits), dtype=np.int64)
     for split in SPLITS:
         rows = np.flatnonzero(np.array(splits) == split)
+        # Rounded down as published: MagnaTagATune's 15,250 training clips are in 152 shards.
         num_shards = max(1, len(rows) // num_audios_per_shard)
         shards[rows] = random.permutation(len(rows)) % num_shards
     return shards

@@ -1,4 +1,4 @@
-"""Clips: what the stages pass to each other, and the clips of a dataset's tables."""
+"""Clips: what the scripts pass to each other, and the clips of a dataset's tables."""
 
 import hashlib
 import json
@@ -69,7 +69,7 @@ class ClipTable:
     shards: np.ndarray | None = None
 
     def sha256(self) -> str:
-        """Return a hash of all that the shards contain of the tables."""
+        """Return a hash of everything that the shards take from the tables."""
         # File systems may store the same path in another Unicode form.
         paths = [normalize("NFC", path) for path in self.paths]
         columns = (self.tags, self.clip_ids, paths, self.splits, self.shards.tolist())
@@ -98,6 +98,7 @@ class ClipTable:
     def match_files(self, audio_dir: Path) -> None:
         """Use the Unicode form of each path that names a file, such as macOS's for "é"."""
         for number, path in enumerate(self.paths):
+            # ASCII has only one form. A path that exists as written needs no other form.
             if path.isascii() or os.path.exists(audio_dir / path):
                 continue
             for form in ("NFC", "NFD"):

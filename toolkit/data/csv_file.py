@@ -38,6 +38,7 @@ class Table:
 
     def matching(self, *names: str) -> list[str]:
         """Return the columns that have one of these names; case is ignored."""
+        # MTG-Jamendo's columns are named PATH and TAGS.
         return [column for column in self.header if column.casefold() in names]
 
     def named(self, column: str, flag: str) -> str:
@@ -79,19 +80,25 @@ def _read(path: Path) -> Table:
         with open(path, encoding=_encoding(path), newline="") as file:
             first = file.readline()
             file.seek(0)
-            # The delimiter that divides the header into most columns.
+            # The delimiter that divides the header into most columns. Names in quotes may contain
+            # the others, so the header is parsed.
             table.delimiter = max(
                 DELIMITERS, key=lambda one: len(next(csv.reader([first], delimiter=one), []))
             )
             lines = _lines(path, file)
+            # Without strict, text after a closing quote is kept silently. Without skipinitialspace,
+            # a quote after ", " becomes part of the tag.
             reader = csv.reader(
                 lines, delimiter=table.delimiter, strict=True, skipinitialspace=True
             )
             for fields in reader:
+                # If one title begins with a quote and a later one ends with a quote, the rows
+                # between them would disappear in one field.
                 if reader.line_num > number + 1:
                     raise csv.Error(f"it ends in row {reader.line_num}")
                 number = reader.line_num
-                # Spreadsheets write empty fields at the end of rows, and empty rows.
+                # Spreadsheets write empty fields at the end of rows, and empty rows. Further fields
+                # would look like a list that continues.
                 while len(fields) > len(table.header) and not fields[-1].strip():
                     fields.pop()
                 if number == 1:
@@ -121,17 +128,20 @@ def _encoding(path: Path) -> str:
     """Return UTF-16 if the file begins with its byte order mark, as Excel's "Unicode text"."""
     with open(path, "rb") as file:
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    # Excel begins UTF-8 with a byte order mark, too, which "utf-8-sig" removes.
     return "utf-16" if is_utf16 else "utf-8-sig"
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
+        # UTF-16 without a byte order mark decodes as UTF-8, with NUL bytes.
         if "\0" in line:
             raise AnnotationsError(f"{path}: row {number}: contains a NUL byte: {_SAVE_AS}")
         yield line
 
 
 def _first_row_not_utf8(path: Path) -> int:
+    # The decoder reads in blocks, so its error does not name the row.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -146,6 +156,7 @@ def _check(path: Path, table: Table) -> None:
         raise AnnotationsError(f"{path}: row 1 is empty, expected the names of the columns")
     if not table.rows:
         raise AnnotationsError(f"{path}: the table has no rows")
+    # Columns without a name are never used, so there may be several.
     repeated = [name for name, count in Counter(table.header).items() if name and count > 1]
     if repeated:
         raise AnnotationsError(

@@ -73,6 +73,7 @@ def _requirements(tasks: Sequence[shards.ShardTask], scheduler: str) -> _Require
     first = tasks[0]
     clips = (mp3_path for task in tasks for _, mp3_path, _ in task.clips)
     clip = next(path for path in clips if os.path.isfile(first.audio_dir / path))
+    # Only the decoder of this build: the other one need not be installed.
     names = ("toolkit code", "python", "numpy", first.decoder)
     return _Requirements(
         mark=str(first.path.with_name(f".build.{secrets.token_hex(4)}.tmp")),
@@ -154,6 +155,7 @@ def connect(
         before, num_workers = num_workers, client.sync(_num_workers, client)
         if num_workers == 0 and before != 0:
             say(f"{scheduler}: no workers: waiting for workers to join")
+        # Copied, because the client's thread adds shards at the same time.
         return sum(list(counts.values()))
 
     try:
@@ -181,6 +183,7 @@ def connect(
     ):
         raise _lost(scheduler, so_far) from None
     finally:
+        # An error of closing would replace the error of the build.
         with suppress(Exception):
             client.close(timeout=_CLOSE_SECONDS)
 
@@ -240,6 +243,7 @@ def _connect_client(scheduler: str) -> Client:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             thread.submit(asyncio.run, _test_address(scheduler)).result()
         return Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    # distributed raises different types for unknown protocols and invalid ports.
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BuildError(

@@ -25,6 +25,7 @@ MANIFEST_FORMAT = 1
 _PROGRESS_FOLDER = ".progress"
 _OPTIONS_NAME = "options.json"
 
+# Numbers above 9,999 have more than four digits.
 _SHARD_NAME = re.compile(r"(train|val|test)-(\d{4,})-of-(\d{4,})(\.seq)?\.tfrecord")
 
 
@@ -33,6 +34,7 @@ _SHARD_NAME = re.compile(r"(train|val|test)-(\d{4,})-of-(\d{4,})(\.seq)?\.tfreco
 
 def shard_name(split: str, shard: int, num_shards: int) -> str:
     """Return the name of a shard, such as ``test-0000-of-0043.seq.tfrecord``."""
+    # Names as in the published program, whose shards are read, too.
     suffix = ".seq.tfrecord" if split == "test" else ".tfrecord"
     return f"{split}-{shard:04d}-of-{num_shards:04d}{suffix}"
 
@@ -79,6 +81,8 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
         if not match:
             continue
         split, shard, total, _ = match.groups()
+        # The pattern also matches "train-00001-of-0002", a second file for shard 1, and test shards
+        # without ".seq", which would be decoded as another message.
         if path.name != shard_name(split, int(shard), int(total)) or int(shard) >= int(total):
             raise ShardError(
                 f"{path}: not the name of a shard, expected a name such as "
@@ -138,6 +142,7 @@ def read_manifest(path: str | Path) -> dict:
     if missing:
         names = ", ".join(sorted(missing))
         raise ShardError(f"{path}: the manifest lacks {names}: build the shards again")
+    # A damaged manifest must be refused here: later code relies on these types.
     is_valid = (
         isinstance(manifest["tags"], list)
         and all(isinstance(tag, str) for tag in manifest["tags"])
@@ -151,6 +156,7 @@ def read_manifest(path: str | Path) -> dict:
         for split in manifest["splits"].values():
             is_valid &= _is_count(split["clips"]) and _is_count(split["segments"])
             for shard in split["shards"]:
+                # Earlier versions did not record "bytes".
                 is_valid &= isinstance(shard["name"], str) and _is_count(shard.get("bytes", 0))
     except (AttributeError, KeyError, TypeError):
         is_valid = False
@@ -162,6 +168,7 @@ def read_manifest(path: str | Path) -> dict:
 
 
 def _is_count(value: object) -> bool:
+    # JSON's true is an int in Python.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -195,6 +202,8 @@ def gather(tasks: Sequence, done: dict[str, dict], recorded: dict) -> dict:
         "splits": splits,
         "skipped": skipped,
         "options": options,
+        # The samples can depend on these: FFmpeg's decoders of Vorbis and AAC differ between
+        # releases.
         "versions": {"python": platform.python_version()} | _versions("av", "numpy", "madmom"),
     }
 
@@ -226,6 +235,7 @@ def _encode(content: str) -> bytes:
 def hash_tables(paths: Sequence[Path]) -> str:
     """Return the SHA-256 of a table's bytes, or of the names and hashes of several tables."""
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    # The first versions recorded this hash.
     if len(paths) == 1:
         return hashes[0]
     # Names of several tables may determine the split.
@@ -260,6 +270,7 @@ def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Pa
     BuildError
         An option differs, or the tables have changed or are read differently.
     """
+    # An interrupted build recorded its options here, a finished one in the manifest.
     path = folder / _PROGRESS_FOLDER / _OPTIONS_NAME
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -311,6 +322,7 @@ def as_typed(value: object) -> str:
 
 def start_progress(folder: Path, options: dict) -> None:
     """Record the options of a build, before its first shard."""
+    # Otherwise the shards of a killed build could be mixed with those of other options.
     (folder / _PROGRESS_FOLDER).mkdir(exist_ok=True)
     write_atomically(folder / _PROGRESS_FOLDER / _OPTIONS_NAME, json.dumps(options).encode())
 
@@ -341,11 +353,13 @@ def read_progress(folder: Path, shard_of: dict[str, str]) -> dict[str, dict]:
         manifest = read_manifest(folder / MANIFEST_NAME)
         for split in manifest["splits"].values():
             for entry in split["shards"]:
+                # `gather` has moved the skipped clips of all shards into one list.
                 entries[entry["name"]] = entry | {"skipped": []}
         for row in manifest["skipped"]:
             name = shard_of.get(row["clip_id"])  # None if the tables are read differently now
             if name in entries:
                 entries[name]["skipped"].append(row)
+    # Newer than the manifest: shards that an interrupted build has built again.
     for path in (folder / _PROGRESS_FOLDER).glob("*.tfrecord.json"):
         entry = json.loads(path.read_text(encoding="utf-8"))
         entries[entry["name"]] = entry

@@ -63,6 +63,7 @@ def plan_shards(clips: ClipTable, folder: Path, audio_dir: Path, options: dict) 
     ]
     for split in SPLITS:
         rows = np.flatnonzero(np.array(clips.splits) == split)
+        # A split without clips has no shards.
         num_shards = clips.shards[rows].max(initial=-1) + 1
         for shard in range(num_shards):
             path = folder / shard_name(split, shard, num_shards)
@@ -95,6 +96,7 @@ def finished_shards(
     """
     shard_of = {clip_id: task.path.name for task in tasks for clip_id, _, _ in task.clips}
     entries = read_progress(folder, shard_of)
+    # Earlier versions recorded no hash of the clips and may have read the tables differently.
     must_compare = bool(entries) and "clips_sha256" not in earlier
     if must_compare:
         messages.say(f"{folder}: comparing the shards of an earlier version with the tables")
@@ -106,16 +108,20 @@ def finished_shards(
         entry = entries.get(task.path.name)
         if entry is None or not task.path.exists():
             continue
+        # A truncated shard has another size. Earlier versions recorded none.
         is_complete = entry.get("bytes") in (None, task.path.stat().st_size)
         if not is_complete:
             continue
         if must_compare:
             _compare_records(task, entry)
         has_same_audio = _has_same_audio(task, entry)
+        # In another folder, only equal sizes show that the files are the same, so unknown sizes
+        # (None) are refused, too.
         if recorded["audio_dir"] != earlier["audio_dir"] and not has_same_audio:
             what = changed_option("audio_dir", earlier["audio_dir"], recorded["audio_dir"])
             what += f", where the files of {task.path.name} are missing or have other sizes"
             raise another_build(folder, what)
+        # None keeps the shard: its audio may have been removed after the build.
         if has_same_audio is False:
             messages.say(f"{task.path.name}: rebuilt, since its audio files have other sizes")
         elif not _gains_clips(task, entry):
@@ -166,6 +172,7 @@ def _gains_clips(task: ShardTask, entry: dict) -> bool:
 def _can_decode(task: ShardTask, mp3_path: str) -> bool:
     """Return whether a clip of a shard can be decoded and has at least one segment."""
     try:
+        # Decode the whole clip, because decoding may fail late.
         for _ in _decode_clip(task, mp3_path):
             pass
     except AudioError:
@@ -199,10 +206,12 @@ def make_shard(task: ShardTask, count_clip: Callable[[], None] = lambda: None) -
                     clip = Clip(segments, np.frombuffer(labels, np.uint8), clip_id, mp3_path)
                     append_records(shard, encode_clip(clip, task.split, task.encoding))
                     num_segments += len(segments)
+            # Other errors, such as a full disk, say nothing about the clip and end the build.
             except AudioError as error:
                 # Decoding may fail late; remove the clip's records.
                 shard.seek(start)
                 shard.truncate()
+                # The same command gives the same manifest on a cluster, where paths are absolute.
                 reason = str(error).removeprefix(f"{task.audio_dir}{os.sep}")
                 skipped.append({CLIP_ID: clip_id, MP3_PATH: mp3_path, "reason": reason})
             else:

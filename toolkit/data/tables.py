@@ -35,7 +35,7 @@ from toolkit.errors import AnnotationsError, UsageError
 
 import numpy as np
 
-# Names of columns; upper and lower case are equal.
+# Names of columns; case is ignored.
 # fmt: off
 PATH_COLUMNS = (
     MP3_PATH, "path", "file", "filename", "file_name", "filepath", "file_path", "audio_path",
@@ -44,6 +44,7 @@ PATH_COLUMNS = (
 TAGS_COLUMN = "tags"
 SPLIT_COLUMN = "split"
 FOLDER = "folder"  # for --split-by: the first folder of the path
+# Words of several datasets: MTG-Jamendo writes "validation", for example.
 SPLIT_NAMES = (
     dict.fromkeys(("train", "training"), "train")
     | dict.fromkeys(("val", "valid", "validation", "dev"), "val")
@@ -142,15 +143,18 @@ def read_tables(
     """
     form = form or TableForm()
     table = read_files([Path(path) for path in paths])
+    # With other options, such as --split-by, MagnaTagATune is read like your own tables.
     is_mtt = replace(form, exclude_columns=None) == TableForm() and _is_mtt(table)
     path_column = _find_path_column(table, form)
     paths = _read_paths(table, path_column)
     id_columns = table.matching(CLIP_ID)
+    # Records and reports need an identity of each clip; paths are unique, too.
     clip_ids = table.values(id_columns[0]) if id_columns else paths
     if id_columns:
         _check_unique(table, id_columns[0], clip_ids)
     excluded = [table.named(name, "--exclude-columns") for name in form.exclude_columns or ()]
     split_columns = [form.split_by, form.split_column, *table.matching(SPLIT_COLUMN)]
+    # pandas writes an index as a column without a name.
     no_tags = {path_column, *id_columns[:1], *split_columns, *excluded, ""}
     rows_of, notes = _find_tags(table, no_tags, form, is_mtt)
     # Drawn from all clips with a tag, so that the split does not depend on the number of tags.
@@ -168,6 +172,7 @@ def read_tables(
     labels = np.zeros((len(table.rows), len(tags)), np.uint8)
     for number, tag in enumerate(tags):
         labels[rows_of[tag], number] = 1
+    # As in the published program, clips without any of the tags are left out.
     is_kept = labels.any(axis=1)
     kept = (list(compress(column, is_kept)) for column in (clip_ids, paths, splits, table.rows))
     clips = ClipTable(tags, labels[is_kept], *kept, path_column)
@@ -180,6 +185,7 @@ def read_tables(
 def _describe(clips: ClipTable, num_rows: int, names: Collection[str]) -> list[str]:
     """Describe the clips and their tags; `names` are all tags, also those that are not kept."""
     counts = zip(clips.tags, clips.labels.sum(axis=0), strict=True)
+    # Model order is ascending by count; the user looks for the most frequent tags first.
     shown = [f"{tag} ({count})" for tag, count in counts][::-1]
     if len(shown) > 2 * _NUM_SHOWN:
         shown[_NUM_SHOWN:-_NUM_SHOWN] = ["…"]
@@ -189,9 +195,11 @@ def _describe(clips: ClipTable, num_rows: int, names: Collection[str]) -> list[s
     ]
     if empty := [split for split in SPLITS if split not in clips.splits]:
         notes.append(f"splits without clips: {', '.join(empty)}")
+    # The network cannot learn these tags, but their scores enter the mean.
     is_untrained = ~clips.labels[np.array(clips.splits) == "train"].any(axis=0)
     if untrained := list(compress(clips.tags, is_untrained)):
         notes.append(f"tags without training clips: {', '.join(untrained)}")
+    # Probably one tag, whose clips are divided between several outputs.
     similar = {}
     for name in names:
         similar.setdefault(" ".join(name.casefold().split()), []).append(name)
@@ -226,9 +234,10 @@ def _find_path_column(table: Table, form: TableForm) -> str:
 
 
 def _read_paths(table: Table, column: str) -> list[str]:
-    """Return the paths with slashes; check that each names another file in the audio folder."""
+    """Return the paths with slashes; check that they name different files in the audio folder."""
     paths = []
     for row, written in zip(table.rows, table.values(column), strict=True):
+        # Tables that were written on Windows contain backslashes and drive letters.
         path = written.strip().replace("\\", "/")
         if re.match(r"/|[A-Za-z]:", path):
             raise row.error(
@@ -265,6 +274,7 @@ def _find_tags(
         return _read_lists(table, column, form.tags_delimiter)
     for column in table.matching(TAGS_COLUMN):
         values = table.values(column)
+        # A column of this name may also contain 0 and 1; it is then a tag like others.
         if column not in no_tags and any(_notation(value) is None for value in set(values)):
             return _read_lists(table, column, form.tags_delimiter)
     if form.tags_delimiter:
@@ -281,7 +291,8 @@ def _notation(value: str) -> str | None:
 def _read_columns(
     table: Table, no_tags: Collection[str], is_mtt: bool
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """Read columns of labels. Other columns are no tags, but errors in MagnaTagATune's table."""
+    """Read the tag columns; other columns are ignored or, in MagnaTagATune's table, refused."""
+    # Only lists may have more fields than the header, as in MTG-Jamendo's tables.
     table.check_lengths()
     found = {name: {} for name in _NOTATIONS}  # rows of each tag
     unused = []
@@ -290,10 +301,13 @@ def _read_columns(
             continue
         values = table.values(column)
         counts = Counter()
+        # Few values are distinct: two per column in MagnaTagATune, which has 4.9 million labels.
         for value, count in Counter(values).items():
             counts[_notation(value)] += count
         notation = max(_NOTATIONS, key=lambda name: counts[name])
         num_invalid = len(values) - counts[notation]
+        # A column that consists mostly of labels is a tag with a wrong value, which must not be
+        # ignored. All other columns of MagnaTagATune's table are tags.
         if num_invalid and 2 * num_invalid >= len(values) and not is_mtt:
             unused.append(column)
             continue
@@ -342,12 +356,15 @@ def _read_lists(
     rows_of = {}
     for number, (row, fields) in enumerate(zip(table.rows, table.fields, strict=True)):
         value = fields[place].strip()
+        # pandas writes lists as "['rock', 'slow']": brackets and quotes would enter the tags.
         if value.startswith("[") and value.endswith("]"):
             raise row.error(column, f"found {value[:40]!r}, expected only tags, such as rock,slow")
+        # A list in quotes would become one tag that contains delimiters.
         if is_spread and table.delimiter in value:
             reason = "is a list, but other rows continue in further columns: use one form"
             raise row.error(column, f"{value[:40]!r} {reason}")
         listed_tags = fields[place:] if is_spread else value.split(delimiter)
+        # macOS may write "é" as two characters; lists may repeat a tag or end with a delimiter.
         for tag in {normalize("NFC", tag.strip()) for tag in listed_tags} - {""}:
             if tag not in rows_of:
                 _check_tag(tag, row, column)
@@ -367,6 +384,7 @@ def _find_delimiter(table: Table, column: str) -> str:
         for delimiter in _LIST_DELIMITERS:
             if delimiter in value:
                 found.setdefault(delimiter, row)
+    # A wrong choice would give tags such as "x;y".
     if len(found) > 1:
         places = ", ".join(f"{one!r} in row {row.number}" for one, row in found.items())
         raise UsageError(
@@ -377,6 +395,7 @@ def _find_delimiter(table: Table, column: str) -> str:
 
 
 def _check_tag(tag: str, row: Row, column: str) -> None:
+    # Refused here, and not by extract_excitations.py after days of training.
     if tag in RESERVED_TAGS or re.search(r"[\x00-\x1f]", tag):
         raise row.error(
             column,
@@ -436,7 +455,8 @@ def _read_splits(table: Table, column: str) -> tuple[list[str], str]:
 
 
 def _split_in_name(path: Path) -> str | None:
-    """Return the only split in a table's name, such as val of x-validation.tsv."""
+    """Return the split in a table's name, such as val for x-validation.tsv, if there is one."""
+    # Whole words, because "latest" contains "test".
     words = re.split(r"[^a-z]+", path.stem.casefold())
     found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
     return found.pop() if len(found) == 1 else None
@@ -456,6 +476,7 @@ def _split_by_groups(
     for row, group in zip(table.rows, groups, strict=True):
         if not group:
             raise row.error(column, missing)
+    # Clips without a tag are left out later, so they must not fill a split.
     sizes = Counter(group for group, tagged in zip(groups, is_tagged, strict=True) if tagged)
     if len(sizes) < len(SPLITS):
         raise AnnotationsError(
