@@ -56,7 +56,7 @@ class Checkpoint:
     network: "keras.Model"
     config: NetworkConfig
     tags: tuple[str, ...] | None
-    sample_rate: int = SAMPLE_RATE
+    sample_rate: int = SAMPLE_RATE  # .hdf5 files of the published program do not contain it
     training: dict = dataclasses.field(default_factory=dict)
 
 
@@ -103,6 +103,7 @@ def save(path: str | Path, checkpoint: Checkpoint, trainer: "keras.Model | None"
         "sample_rate": checkpoint.sample_rate,
         "training": checkpoint.training,
     }
+    # Keras selects the format by the suffix, and ignores further files in its archive.
     with replaced_whole(path, suffix=".keras") as temporary:
         (trainer or checkpoint.network).save(temporary)
         with zipfile.ZipFile(temporary, "a") as archive:
@@ -153,6 +154,7 @@ def load_optimizer(path: str | Path, trainer: "keras.Model") -> None:
     with _open_keras_weights(Path(path)) as file:
         datasets = list_arrays(file, path)
         for number, variable in enumerate(trainer.optimizer.variables):
+            # Keras stores the variables of an optimizer under their numbers.
             place = f"optimizer/vars/{number}"
             assign(variable, datasets.get(place), place, path)
 
@@ -218,6 +220,7 @@ def _read_config(fields: object, where: str) -> NetworkConfig:
         raise _invalid(where, "a field of network", unknown[0], f"one of {', '.join(known)}")
     try:
         return NetworkConfig(**fields)
+    # The file is wrong, not the command line, so the exit status is 1.
     except UsageError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
@@ -233,6 +236,7 @@ def _read_tags(names: object, config: NetworkConfig, where: str) -> tuple[str, .
 
 
 def _invalid(where: str, name: str, found: object, expected: str) -> CheckpointError:
+    # Shortened by reprlib, since damaged files may contain megabytes in a field.
     return CheckpointError(f"{where}: {name} is {reprlib.repr(found)}: expected {expected}")
 
 

@@ -73,6 +73,7 @@ def _difference(
     for level in (0.01, 0.3):  # a quiet and a loud recording, as a fraction of full scale
         segments = random.normal(0, level, (3, checkpoint.config.num_samples)).astype(np.float32)
         expected = keras.ops.convert_to_numpy(checkpoint.network(segments, training=False))
+        # An export to which tracing gave a fixed batch size fails here.
         for batch in (slice(1), slice(3)):
             found = np.asarray(predict(segments[batch]))
             if found.shape != expected[batch].shape:
@@ -119,10 +120,12 @@ def _export_onnx(path: Path, checkpoint: Checkpoint) -> float:
 
 def _export_savedmodel(path: Path, checkpoint: Checkpoint) -> float:
     _check_backend(path)
+    # An earlier export is deleted below; a folder of other files must not be.
     if (path.exists() or path.is_symlink()) and not (path / "saved_model.pb").is_file():
         raise ExportError(f"{path}: exists and is not a SavedModel: choose another name")
     import tensorflow as tf
 
+    # `files.replaced_whole` replaces files, but this is a folder.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with backend.stderr_held():
@@ -134,6 +137,7 @@ def _export_savedmodel(path: Path, checkpoint: Checkpoint) -> float:
         folder = temporary / DESCRIPTION_FOLDER
         folder.mkdir()
         (folder / DESCRIPTION_NAME).write_text(_description_text(checkpoint), encoding="utf-8")
+        # os.replace cannot replace a folder that contains files.
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -173,6 +177,7 @@ def _export_litert(path: Path, checkpoint: Checkpoint) -> float:
         # LiteRT ignores bytes after its content, and zip readers ignore bytes before the archive.
         with zipfile.ZipFile(file, "a") as archive:
             archive.writestr(DESCRIPTION_NAME, _description_text(checkpoint))
+        # With the archive, as the file is written.
         run = Interpreter(model_content=file.getvalue()).get_signature_runner("serving_default")
         largest = _difference(path, checkpoint, lambda segments: run(segments=segments)["tags"])
     write_atomically(path, file.getvalue())

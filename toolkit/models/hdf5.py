@@ -73,7 +73,9 @@ def list_arrays(file, path: str | Path) -> dict:
             prefix, group = groups.pop()
             for name in group:
                 num_objects += 1
+                # Without opening the target, which may be another file.
                 link = group.get(name, getlink=True)
+                # Hard links can form cycles: a group may contain itself.
                 if num_objects > _MAX_OBJECTS or prefix.count("/") > _MAX_DEPTH:
                     raise CheckpointError(
                         f"{path}: more than {_MAX_OBJECTS:,} objects, or groups nested too deeply"
@@ -93,6 +95,7 @@ def list_arrays(file, path: str | Path) -> dict:
         file_size = file.id.get_filesize()
     except DAMAGE as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
+    # Hard links can list one array many times.
     if num_bytes > file_size:
         raise CheckpointError(
             f"{path}: declares arrays of {num_bytes} bytes, but has only {file_size}"
@@ -141,6 +144,7 @@ def assign(variable, dataset, name: str, path: str | Path) -> None:
         raise CheckpointError(
             f"{path}: {name} has shape {tuple(dataset.shape)}: expected {tuple(variable.shape)}"
         )
+    # NumPy would convert strings of digits, and drop imaginary parts with only a warning.
     if dataset.dtype.kind not in "fiu":
         raise CheckpointError(f"{path}: {name} has type {dataset.dtype}: expected numbers")
     try:
@@ -163,6 +167,7 @@ def check_sizes(config: NetworkConfig, datasets: dict, path: Path) -> None:
         The file is too small for the network.
     """
     # A lower bound: the largest kernels of the last block, and the output layer.
+    # A kernel has 3 * (width / 2) * width numbers: the input of the last block is half as wide.
     width = WIDTHS[-1] * config.init_features
     num_numbers = 1.5 * width**2 + width * config.num_tags
     if config.has_excitations:

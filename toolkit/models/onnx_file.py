@@ -71,9 +71,11 @@ def load(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: not a model that tools.convert_model wrote")
     try:
         description = {name: json.loads(value) for name, value in metadata.items()}
+    # Deeply nested JSON raises RecursionError.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: metadata: {error}") from None
     config, tags, sample_rate = check_description(description, f"{path}: metadata")
+    # Other programs can change the graph without the metadata.
     sizes = {"segments": config.num_samples, "tags": config.num_tags}
     for value in (*session.get_inputs(), *session.get_outputs()):
         if value.shape[1:] != [sizes.pop(value.name, None)]:

@@ -56,8 +56,10 @@ def build_onnx(checkpoint: Checkpoint) -> "onnx.ModelProto":
 
     graph = _Graph()
     network = checkpoint.network
+    # `network.layers` lacks the slices and maxima of `model.pool_relu`.
     for layer in network.operations:
         graph.add(layer)
+    # Programs request the output by this name, whatever the last layer is called.
     graph.node("Identity", [graph.names[id(network.output)]], "tags")
     helper = onnx.helper
     inputs, outputs = (
@@ -132,6 +134,7 @@ class _Graph:
         if layer.padding == "same":
             missing = max(0, (-(-frames // stride) - 1) * stride + width - frames)
         sizes = {"kernel_shape": [width], "strides": [stride]}
+        # As in TensorFlow, the larger half of the padding is at the end.
         sizes["pads"] = [missing // 2, missing - missing // 2]
         return self.node(
             "Conv", [*inputs, *self.weights(layer, "kernel", "bias")], layer.name, **sizes
@@ -176,6 +179,7 @@ class _Graph:
         return inputs[0]  # active only in training
 
     def _globalaveragepooling1d(self, layer, inputs):
+        # ONNX keeps the axis of the frames: (B, C, 1).
         means = self.node("GlobalAveragePool", inputs, f"{layer.name}/means")
         return self.node("Flatten", [means], layer.name)
 

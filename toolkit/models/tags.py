@@ -23,6 +23,7 @@ def read_tags(path: str | Path) -> tuple[str, ...]:
         The file cannot be read or contains no names.
     """
     try:
+        # Windows' editors begin UTF-8 with a byte order mark, which would enter the first tag.
         text = Path(path).read_text(encoding="utf-8-sig")
         tags = json.loads(text)["tags"] if text.startswith("{") else text.splitlines()
         tags = tuple(tag.strip() for tag in tags if tag.strip())
@@ -64,11 +65,13 @@ def choose_tags(
             raise UsageError(
                 f"--tags {tags_path}: {len(tags)} tags, but {model_path} has {num_tags} outputs"
             )
+        # The names in the file come from the training, so others would be wrong.
         if checkpoint.tags not in (None, tags):
             raise UsageError(f"--tags {tags_path}: {model_path} names other tags: omit --tags")
         return tags
     if checkpoint.tags is not None:
         return checkpoint.tags
+    # Published .hdf5 files contain no tag names; their 50 outputs are MagnaTagATune's.
     if num_tags != len(MTT_TOP_TAGS):
         raise UsageError(
             f"{model_path}: the file contains no tag names for its {num_tags} outputs: name them "
