@@ -136,6 +136,7 @@ class Job:
     def _agree(self, see: Callable[[], str]) -> bool:
         if self.num_processes == 1:
             return True
+        # JAX exchanges arrays of numbers, not text.
         digest = np.frombuffer(hashlib.sha256(see().encode()).digest(), np.uint8)
         digests = self.gather(digest[np.newaxis])  # (num_processes, 32)
         return bool((digests == digests[0]).all())
@@ -152,13 +153,15 @@ class Job:
         Parameters
         ----------
         part : np.ndarray [shape=(n, ...)]
-            Array of this process, of a type of at most 4 bytes; n may differ between processes.
+            Array of this process, of a type of at most 4 bytes, since JAX would round larger ones;
+            n may differ between processes.
         """
         if self.num_processes == 1:
             return part
         from jax.experimental import multihost_utils
 
         num_rows = multihost_utils.process_allgather(np.array(len(part), np.int32))
+        # process_allgather needs the same shape in all processes.
         padded = np.zeros((num_rows.max(), *part.shape[1:]), part.dtype)
         padded[: len(part)] = part
         parts = multihost_utils.process_allgather(padded)  # (num_processes, max n, ...)
@@ -273,6 +276,7 @@ def open_job(distribute: bool, check_stop: Callable[[], None]) -> Iterator[Job]:
                 "several hosts need KERAS_BACKEND=jax"
             )
         job = _find_tensorflow_devices()
+        # TensorFlow copies only variables that are created in the scope to all devices.
         with job.strategy.scope() if job.strategy else nullcontext():
             yield job
         return
@@ -285,6 +289,7 @@ def open_job(distribute: bool, check_stop: Callable[[], None]) -> Iterator[Job]:
         try:
             yield _start_jax(num_processes, process)
         finally:
+            # Otherwise a later training in this process would inherit it.
             keras.distribution.set_distribution(None)
 
 
@@ -292,11 +297,13 @@ def _start_jax(num_processes: int, process: int) -> Job:
     import jax
     import keras
 
+    # `Job.share` gives every process the same number of rows.
     if jax.device_count() != num_processes * jax.local_device_count():
         raise UsageError(
             f"{jax.local_device_count()} devices on this host, {jax.device_count()} on all "
             f"{num_processes} hosts: every host must have the same number of devices"
         )
+    # Each process reads only its own rows, so Keras must not divide them again.
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     mesh = jax.sharding.Mesh(np.array(jax.devices()), (BATCH_AXIS,))
     return Job(num_processes, process, num_devices=jax.device_count(), mesh=mesh)
@@ -305,6 +312,7 @@ def _start_jax(num_processes: int, process: int) -> Job:
 def _find_tensorflow_devices() -> Job:
     import tensorflow as tf
 
+    # A CPU can be divided into several devices, as the tests do.
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     names = [device.name for device in devices]
     if len(names) == 1:

@@ -48,11 +48,13 @@ def read_environment() -> tuple[int, int]:
             raise UsageError(f"{name}={text}: expected an integer of at least 0")
         values.append(int(text))
     num_processes, process = values
+    # Without the number, every host would train alone and write the same files.
     if num_processes < 1 or (ADDRESSES in os.environ and NUM_PROCESSES not in os.environ):
         found = os.environ.get(NUM_PROCESSES, "")
         raise UsageError(
             f"{NUM_PROCESSES}={found}: expected the number of processes that train together"
         )
+    # Without a number, every process would be the first one.
     if num_processes > 1 and PROCESS_ID not in os.environ:
         raise UsageError(f"{PROCESS_ID}=: expected the number of this process, from 0")
     if process >= num_processes:
@@ -88,15 +90,18 @@ def connected(num_processes: int, process: int, check_stop: Callable[[], None]) 
         with _stdout_discarded():
             _connect(_first_address(num_processes), num_processes, process)
             yield
+    # Errors of this process, even if their message contains a word of _LOST.
     except (ToolkitError, OSError, MemoryError):
         raise
     except Exception as error:
+        # Lack of memory: toolkit.cli suggests a smaller --batch-size.
         if "RESOURCE_EXHAUSTED" in str(error) or not _LOST.search(str(error)):
             raise
         check_stop()
         reason = str(error).splitlines()[0]
         raise TrainingError(f"another host was lost ({reason}): {_RESUME_HINT}") from error
     finally:
+        # The monitor then prints nothing: this process reports its own error.
         monitor.communicate(b"finished")
 
 
@@ -141,6 +146,7 @@ def _connect(address: str, num_processes: int, process: int) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM)
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
+        # Called directly, because Keras's function leaves the heartbeat timeout at 100 s.
         jax.distributed.initialize(
             address,
             num_processes,
@@ -164,6 +170,7 @@ def _connect(address: str, num_processes: int, process: int) -> None:
 def _stdout_discarded() -> Iterator[None]:
     """Discard stdout, to which Gloo prints messages about its connections."""
     sys.stdout.flush()
+    # Gloo is C++ and does not use sys.stdout.
     stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     try:
