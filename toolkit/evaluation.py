@@ -59,6 +59,7 @@ def score(labels: np.ndarray, predictions: np.ndarray) -> Scores:
     num_tags = labels.shape[1]
     roc_auc, pr_auc = np.full(num_tags, np.nan), np.full(num_tags, np.nan)
     for tag in range(num_tags):
+        # If all clips or none carry the tag, ROC AUC is undefined.
         if len(np.unique(labels[:, tag])) == 2:
             roc_auc[tag] = roc_auc_score(labels[:, tag], predictions[:, tag])
             pr_auc[tag] = average_precision_score(labels[:, tag], predictions[:, tag])
@@ -174,11 +175,13 @@ def weighted_scores(
         num_negatives = total - num_positives
         with np.errstate(divide="ignore", invalid="ignore"):
             # A tie counts half; doubled so that the sums are integers.
+            # In int64, since the sum grows with the square of the number of clips.
             won = (weights * (2 * negatives_below + negatives_tied).astype(np.int64)).sum(axis=0)
             roc_auc[:, tag] = won / (2 * num_positives * num_negatives)
             # Without the maximum, clips that were not drawn could give 0 / 0; their weight is 0.
             precision = (num_positives - positives_below) / np.maximum(total - before[first], 1)
             pr_auc[:, tag] = (weights * precision).sum(axis=0) / num_positives
+        # Average precision would be 1 here for any predictions.
         pr_auc[num_negatives == 0, tag] = np.nan
     return roc_auc, pr_auc
 

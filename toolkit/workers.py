@@ -71,6 +71,7 @@ def local_workers(
                     workers.append(_Worker(function))
                     idle.put(workers[-1])
                 return threads.submit(call, task)
+            # Too many threads, and too many processes (EAGAIN).
             except (RuntimeError, BlockingIOError) as error:
                 raise BuildError(
                     f"no more processes or threads can be started ({error}; {so_far()}): run the "
@@ -86,7 +87,9 @@ def local_workers(
             ) from None
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+            # The threads wait for results, so they end only when the workers are killed.
             for worker in workers:
+                # Safe at any moment, because files are written under temporary names.
                 worker.kill()
             for worker in workers:
                 worker.join()
@@ -184,8 +187,10 @@ def _work(function: Callable, connection: Connection) -> None:
 def _exit_with_parent() -> None:
     """Exit when the parent process is gone, even if it was killed."""
 
+    # Otherwise a worker would finish its task first.
     def wait() -> None:
         multiprocessing.parent_process().join()
+        # sys.exit would end only this thread.
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -193,9 +198,11 @@ def _exit_with_parent() -> None:
 
 def _picklable(error: Exception) -> Exception:
     """Add the worker's traceback to an error, for --verbose, and make sure that it pickles."""
+    # As text, because tracebacks cannot be pickled.
     stack = traceback.format_exc()
     error.add_note(stack)
     try:
+        # An exception whose __init__ takes other arguments pickles, but does not unpickle.
         pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}\n{stack}")
