@@ -57,7 +57,7 @@ class Split:
 
 @dataclass
 class Dataset:
-    """A folder of shards: its tags in model order, the form of its segments, and its splits."""
+    """A folder of shards: its tags in model order, the format of its segments, and its splits."""
 
     path: Path
     tags: tuple[str, ...]
@@ -160,7 +160,9 @@ def _dataset_from_headers(data_dir: Path, shards: dict) -> Dataset:
     clip = next(read_clips([first]), None)
     if clip is None:
         raise ShardError(f"{first}: the shard contains no records: run build_mtt.py again")
-    if clip.clip_id:  # the published program writes none
+    # Only records of this toolkit contain a clip_id. Without their manifest, they would be trained
+    # as MagnaTagATune at 22,050 Hz.
+    if clip.clip_id:
         raise ShardError(
             f"{data_dir / SHARD_FOLDER}: {MANIFEST_NAME} is missing: run build_mtt.py again, or "
             "copy the file from where the shards come from"
@@ -220,7 +222,9 @@ def read_clips(
             del record  # free its memory before the next record is read
             num_samples, num_tags = clip.segments.shape[1], len(clip.labels)
             if pending:
+                # Published training records have no identity: neighbours may be of different clips.
                 is_same = clip.clip_id != "" and clip.clip_id == pending[0].clip_id
+                # A track of several hours would fill the memory.
                 is_full = num_pending + len(clip.segments) > segments_per_part(num_samples)
                 if is_full or not is_same:
                     yield _join(pending)
@@ -270,6 +274,7 @@ class SegmentReader:
         self.num_tags = len(dataset.tags)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="read")
         allow_open_files(len(self._paths))
+        # A shuffled batch reads from any shard, so all stay open.
         self._files = [open(path, "rb", buffering=0) for path in self._paths]  # noqa: SIM115
         indexes = list(self._threads.map(index_records, self._paths))
         # One row per segment: shard, record number in the shard, offset and length in bytes.
@@ -278,8 +283,9 @@ class SegmentReader:
                 np.column_stack([np.full(len(index), shard), np.arange(len(index)), index])
                 for shard, index in enumerate(indexes)
             ]
-            or [np.zeros((0, 4), np.int64)]
+            or [np.zeros((0, 4), np.int64)]  # np.concatenate needs an array
         )
+        # Manifests of earlier versions contain counts, but no sizes.
         expected = dataset.splits[split].num_segments
         if expected is not None and self.num_segments != expected:
             self.close()
@@ -295,6 +301,7 @@ class SegmentReader:
     @cached_property
     def stored_type(self) -> type:
         """np.int16 if the first record of every shard stores int16, otherwise np.float32."""
+        # int16 is converted on the device, since half the bytes are copied until then.
         firsts = self._records[self._records[:, 1] == 0]
         for shard, *place in firsts.tolist():
             path = self._paths[shard]
@@ -361,12 +368,14 @@ class SegmentReader:
         segments, labels : np.ndarray
             As `read` returns them.
         """
+        # A compiled network needs batches of one size.
         stop = len(order) - batch_size + 1 if drop_remainder else len(order)
         pending = []
         for start in range(0, stop, batch_size):
             rows = order[start : start + batch_size]
             pending.append(self._threads.submit(self.read, rows))
             if len(pending) > prefetch:
+                # In order, so that the result does not depend on the number of threads.
                 yield pending.pop(0).result()
         for batch in pending:
             yield batch.result()
@@ -374,4 +383,5 @@ class SegmentReader:
 
 def shuffled_order(num_segments: int, seed: int, stage: int, epoch: int) -> np.ndarray:
     """Return a random permutation of the segments; equal for equal seed, stage and epoch."""
+    # No state from earlier epochs, so that a resumed training continues in the same order.
     return np.random.default_rng((seed, stage, epoch)).permutation(num_segments)

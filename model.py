@@ -24,12 +24,14 @@ _BLOCK_DROPOUT = 0.2
 
 def batch_norm(x, name: str):
     """Apply batch normalisation; Keras computes it in float32 even with mixed precision."""
+    # The defaults of Keras 2.0.5, which the published program uses.
     return layers.BatchNormalization(momentum=0.99, epsilon=1e-3, name=name)(x)
 
 
 def conv_bn(x, features: int, config: NetworkConfig, name: str, width=3, strides=1, padding="same"):
     """Apply a convolution and batch normalisation: (B, N, C) -> (B, N / strides, features)."""
     penalty = keras.regularizers.L2(config.weight_decay) if config.weight_decay else None
+    # With biases, although batch normalisation cancels them: published checkpoints contain them.
     x = layers.Conv1D(
         features,
         width,
@@ -54,6 +56,7 @@ def pool_relu(x, name: str):
     maximum compute the same as a pooling layer, and their gradient is faster in compiled networks.
     """
     _, frames, channels = x.shape
+    # A pooling layer drops the remaining frames, too.
     x = x[:, : frames // 3 * 3] if frames % 3 else x
     x = layers.Reshape((frames // 3, 3, channels), name=f"{name}_frames")(x)  # (B, N/3, 3, C)
     x = ops.max(x, axis=2)  # (B, N/3, C)
@@ -133,9 +136,10 @@ def kernel_limit(initializer: str, kernel: tuple[int, int, int]) -> float:
 
 
 def draw_kernels(network: keras.Model, initializer: str, seed: int) -> None:
-    """Draw the initial kernels of all convolutions (see `kernel_limit`) and dense layers (Glorot).
+    """Draw initial kernels: convolutions within `kernel_limit`, dense layers glorot_uniform.
 
-    NumPy draws the same numbers for every backend, and JAX would compile a program per shape.
+    NumPy draws the same numbers for every backend. JAX would compile a program per shape, which
+    takes 7.8 s instead of 1.0 s for a small se network.
 
     Parameters
     ----------
