@@ -44,13 +44,15 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("machine", "decode", "build", "input", "train", "predict", "start")
-# The precisions that `sweep` compares, with the environment and the options that select each.
+# The precisions that `sweep` compares, with the environment and the options that select each. On
+# GPUs, JAX computes float32 products in tf32 by default, PyTorch does not.
 PRECISIONS = {
     "float32": ({"NVIDIA_TF32_OVERRIDE": "0", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}, []),
-    "tf32": ({"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, []),  # JAX's default
+    "tf32": ({"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, []),
     "bfloat16": ({}, ["--mixed-precision"]),
 }
-_REPEAT_SECONDS = 2.0  # a repeat calls short work as often as fits into this time
+# A repeat calls short work as often as fits into this time, so that clocks and caches settle.
+_REPEAT_SECONDS = 2.0
 
 
 # fmt: off
@@ -122,6 +124,7 @@ def measure(stage, what, unit, call, amount, repeats, limit=None) -> Figure:
             call()
         return (time.perf_counter() - started) / num_calls
 
+    # The first call compiles the network and fills caches.
     call()
     num_calls = max(1, round(_REPEAT_SECONDS / max(seconds(1), 1e-9)))
     values = [seconds(num_calls) for _ in range(repeats)]
@@ -189,10 +192,12 @@ def measure_input(options: Options) -> Iterator[Figure]:
     epochs = itertools.count()
 
     def read_epoch(reader: SegmentReader) -> None:
+        # Another order in every epoch, as in training.
         order = shuffled_order(reader.num_segments, 0, 0, next(epochs))
         for _ in reader.batches(batch_size, order):
             pass
 
+    # Eight is the default; from the page cache, two are faster (docs/performance.md).
     for num_threads in (1, 2, 8):
         limit = None
         for stage, reader_class, what in (
@@ -296,7 +301,7 @@ def measure_network(
         call, amount = (_train_call if stage == "train" else _predict_call)(network, x, y, jit)
         limit = gflops * 1e9 / count_flops(network) / (3 if stage == "train" else 1)
         return measure(stage, what, "segments/s", call, amount, options.repeats, limit)
-    except Exception as error:  # usually a lack of memory, with other types in each backend: go on
+    except Exception as error:  # usually a lack of memory; each backend raises another type
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         return Figure(stage, what, "segments/s", error=reason)
 
@@ -330,6 +335,7 @@ def _train_call(network, x: np.ndarray, y: np.ndarray, jit: bool) -> tuple[Calla
     def call() -> None:
         nonlocal state
         state, losses = runner.run(state, rows)
+        # Wait for the device: JAX returns before the steps are finished.
         np.asarray(losses)
 
     return call, rows.size
@@ -345,6 +351,7 @@ def sweep(options: Options, machine: dict[str, str]) -> Iterator[Figure]:
     shared += ["--init-features", str(options.init_features)]
     names = [options.backend] if options.backend else ["jax", "torch"]
     for name, precision in itertools.product(names, PRECISIONS):
+        # A process keeps its backend, and the libraries read the environment when they start.
         environment, its_options = PRECISIONS[precision]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "figures.json"
@@ -359,6 +366,7 @@ def sweep(options: Options, machine: dict[str, str]) -> Iterator[Figure]:
         machine |= found["machine"]
         for figure in found["figures"]:
             yield Figure(**figure | {"what": f"{precision}: {figure['what']}"})
+        # A process that was killed, for example for lack of memory, reports no error itself.
         if status and not any(figure["error"] for figure in found["figures"]):
             error = f"the process ended with status {status}"
             yield Figure("sweep", f"{name}, {precision}", "", error=error)
@@ -376,6 +384,7 @@ def describe_machine() -> dict[str, str]:
     described["cores"] = str(os.cpu_count())
     described["memory"] = messages.size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     described["python"] = platform.python_version()
+    # Asking for devices imports a backend, which decoding and building do not need.
     if "keras" in sys.modules:
         described["accelerator"] = ", ".join(backend.device_names()) or "none"
     for package in ("keras", "tensorflow", "jax", "torch", "numpy", "av"):

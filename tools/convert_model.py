@@ -44,11 +44,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     if not output.absolute().parent.is_dir():
         raise UsageError(f"{output}: the folder {output.absolute().parent} does not exist")
     cli.check_model(arguments.model_path)
+    # After the checks, because the import takes seconds.
     backend.import_keras()
     from toolkit.models import checkpoints
     from toolkit.models.tags import choose_tags
 
     checkpoint = checkpoints.load(arguments.model_path)
+    # Other programs cannot know the tags, so every converted file names them.
     checkpoint.tags = choose_tags(arguments.model_path, checkpoint, arguments.tags)
     config = checkpoint.config
     messages.say(

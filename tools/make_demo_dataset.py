@@ -1,4 +1,4 @@
-"""Make a small synthetic dataset in MagnaTagATune's format, to try every stage.
+"""Make a small synthetic dataset in MagnaTagATune's format, to try every script.
 
     python -m tools.make_demo_dataset --out demo/dataset
     python -m tools.make_demo_dataset --out demo/dataset --clips 160 --seed 1 --num-workers 2
@@ -40,7 +40,8 @@ import numpy as np
 from numpy.random import default_rng
 
 TRAIN, VALIDATION, TEST = "0123456789ab", "c", "def"
-# Folders of the clips of a recipe, in turn.
+# Folders of the clips of a recipe, in turn. Validation has a larger share than in MagnaTagATune,
+# because most tags need several clips in each split.
 FOLDERS = (TRAIN, VALIDATION, TRAIN, TEST, TRAIN, TRAIN)
 MIN_CLIPS = 16
 TAG_PROBABILITY = 0.95  # real listeners sometimes omit a tag
@@ -91,6 +92,7 @@ def plan_clips(num_clips: int = Options.clips, seed: int = Options.seed) -> list
 
 
 def _plan_clip(index: int, seed: int) -> Clip:
+    # A generator per clip, so that clips do not depend on the number of clips or workers.
     random = default_rng((seed, index, 0))
     turn, number = divmod(index, len(RECIPES))
     title, words = list(RECIPES.items())[number]
@@ -105,6 +107,7 @@ def _plan_clip(index: int, seed: int) -> Clip:
         heard.add("no vocals")
     if len(instruments) == 1 and heard & recipes.SOLO_INSTRUMENTS:
         heard.add("solo")
+    # Tags such as slow, quiet and no vocals are among the 50.
     if title == "rain":
         heard = {*words}
     fitting = {tag for word in heard for tag in (word, *recipes.MORE_TAGS.get(word, ()))}
@@ -113,6 +116,7 @@ def _plan_clip(index: int, seed: int) -> Clip:
     columns = MTT_TOP_TAGS if turn else tag_columns()
     tags = [tag for tag in columns if tag in fitting and random.random() < TAG_PROBABILITY]
     folder = random.choice([*FOLDERS[(turn + number) % len(FOLDERS)]])
+    # Named as in MagnaTagATune: artist, album, track, title, first and last second.
     mp3_path = f"{folder}/artist_{folder}-demo-{index + 1:03d}-{title}-0-29.mp3"
     clip_id = 2 + 107 * index  # with gaps, as the real ids
     return Clip(clip_id, mp3_path, instruments, tempo, level, frozenset(tags), (seed, index, 1))
