@@ -154,3 +154,25 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err
     assert said.startswith(f"{tmp_path}: the folder cannot be locked (")
     assert said.endswith("do not start another training in this folder\n")
+
+
+def test_a_folder_is_replaced_only_by_a_complete_one(tmp_path):
+    path = tmp_path / "a.savedmodel"
+    for content in ("earlier", "later"):
+        with files.replaced_whole(path) as temporary:
+            (temporary / "variables").mkdir(parents=True)
+            (temporary / "variables" / "data").write_text(content)
+        assert (path / "variables" / "data").read_text() == content
+    with pytest.raises(RuntimeError), files.replaced_whole(path) as temporary:
+        temporary.mkdir()
+        raise RuntimeError
+    assert (path / "variables" / "data").read_text() == "later"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_whatever_error_a_library_raises(tmp_path):
+    path = tmp_path / "a.savedmodel"
+    with pytest.raises(OSError, match="No space left on device") as caught:  # noqa: SIM117
+        with files.replaced_whole(path) as temporary:
+            raise RuntimeError(f"{temporary}/variables; No space left on device [Op:SaveV2]")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))

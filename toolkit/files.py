@@ -5,6 +5,7 @@ import fcntl
 import os
 import resource
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,12 +23,13 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def replaced_whole(path: str | Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a temporary path in a file's folder; on success, rename the temporary file to the file.
+    """Yield a temporary path beside a file; on success, rename the temporary file to the file.
 
     Parameters
     ----------
     path : str or Path
-        Path of the file. An existing file is replaced only after the new one is on the disk.
+        Path of the file, or of a folder if the caller makes a folder of the temporary path. What
+        exists is replaced only after the new content is on the disk.
     suffix : str
         Suffix of the temporary path, for libraries that require one.
 
@@ -43,27 +45,54 @@ def replaced_whole(path: str | Path, suffix: str = "") -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{writer}.tmp{suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            _flush_to_disk(file)
-        os.replace(temporary, path)
+        if temporary.is_dir():
+            _replace_folder(temporary, path)
+        else:
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
     except OSError as error:
-        # The error of a failed write names no file, or the temporary file, which users do not know.
-        if error.filename is None or str(error.filename) == str(temporary):
+        # The error of a failed write names no file, or a temporary file, which users do not know.
+        if error.filename is None or str(error.filename).startswith(str(temporary)):
             error.filename = str(path)
             error.filename2 = None
         raise
+    except Exception as error:
+        # TensorFlow reports a full disk like a lack of memory.
+        no_space = os.strerror(errno.ENOSPC)
+        if no_space not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, no_space, str(path)) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        _remove(temporary)
 
 
-def _flush_to_disk(file: BinaryIO) -> None:
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Rename a folder, and remove the one that had the name."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _flush_to_disk(file)
+    earlier = temporary.with_name(f"{temporary.name}.earlier")
+    with suppress(FileNotFoundError):
+        os.rename(path, earlier)  # unlike a file, a folder cannot be replaced in one step
+    os.rename(temporary, path)
+    _remove(earlier)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link, or a folder, if it exists."""
+    with suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
     """Write a file's content from memory to the disk."""
-    if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves data in the disk's own cache
-        with suppress(OSError):  # not supported by network file systems
-            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(file.fileno())
+    with open(path, "rb") as file:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves data in the disk's own cache
+            with suppress(OSError):  # not supported by network file systems
+                fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(file.fileno())
 
 
 @contextmanager
