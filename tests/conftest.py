@@ -45,10 +45,10 @@ def synthesise(seconds, sample_rate=16000, channels=1, tags=(0,), seed=0):
     return np.round(mix * 32767).clip(-32768, 32767).astype(np.int16)
 
 
-def encode_audio(path, samples, sample_rate=16000, codec="libmp3lame", bit_rate=32000):
+def encode_audio(path, samples, sample_rate=16000, codec="libmp3lame", bit_rate=32000, **options):
     """Encode int16 samples [shape=(n_samples, channels)] in the format of the file name."""
     layout = {1: "mono", 2: "stereo", 6: "5.1"}[samples.shape[1]]
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=sample_rate, layout=layout)
         if bit_rate:
             stream.bit_rate = bit_rate

@@ -1,6 +1,10 @@
 """Decoding: samples identical to the published ones; files that are damaged or not audio."""
 
+import errno
 import functools
+import io
+import re
+import struct
 import subprocess
 import sys
 import textwrap
@@ -16,7 +20,7 @@ from toolkit.errors import AudioError, UsageError
 import av
 import numpy as np
 import pytest
-from conftest import add_picture, encode_audio, encode_float, needs_proc, synthesise
+from conftest import add_picture, encode_audio, encode_float, needs_proc, opened, synthesise
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -360,6 +364,151 @@ def test_mostly_damaged_file_is_refused(tmp_path, mp3):
     path.write_bytes(wrecked(mp3.read_bytes()))
     with pytest.raises(AudioError, match=r"wreck\.mp3: \d+ of \d+ audio packets are damaged"):
         decode(path)
+
+
+def bursts(content, every=2000, size=300):
+    """Overwrite parts of the middle third of a file with noise."""
+    content, random = bytearray(content), np.random.default_rng(7)
+    for start in range(len(content) // 3, 2 * len(content) // 3, every):
+        content[start : start + size] = random.bytes(size)
+    return bytes(content)
+
+
+def test_damaged_packets_are_skipped_whatever_error_the_decoder_returns(tmp_path):
+    path = encode_float(tmp_path / "burst.eac3", "eac3", seconds=6)
+    path.write_bytes(bursts(path.read_bytes()))
+    errors = set()
+    with av.open(str(path)) as container:
+        for packet in container.demux(audio=0):
+            try:
+                packet.decode()
+            except av.error.FFmpegError as error:
+                errors.add(type(error))
+    assert errors - {av.error.InvalidDataError}
+    assert 5 * SAMPLE_RATE < len(decode(path)) <= 6.1 * SAMPLE_RATE
+
+
+def ogg_page(page, number, content=None):
+    """Return an Ogg page with another number, possibly another content, and its checksum."""
+    if content is not None:
+        page = page[:26] + bytes([1, len(content)]) + content
+    page = page[:18] + number.to_bytes(4, "little") + bytes(4) + page[26:]
+    checksum = 0
+    for byte in page:
+        checksum ^= byte << 24
+        for _ in range(8):
+            checksum = (checksum << 1 ^ (0x04C11DB7 if checksum >> 31 else 0)) & 0xFFFFFFFF
+    return page[:22] + checksum.to_bytes(4, "little") + page[26:]
+
+
+def with_empty_packet(content, share):
+    """Insert a packet of no bytes into an Ogg file, at which reading fails."""
+    pages = [b"OggS" + page for page in content.split(b"OggS")[1:]]
+    at = round(share * len(pages))
+    pages.insert(at, ogg_page(pages[at - 1], at, b""))
+    return b"".join(ogg_page(page, number) for number, page in enumerate(pages))
+
+
+def test_file_that_breaks_off_is_kept_from_a_third_of_what_is_used(tmp_path):
+    samples = synthesise(9, 48000)
+    whole = encode_audio(tmp_path / "a.opus", samples, 48000, "libopus", 64000, page_duration="1")
+    path = tmp_path / "breaks.opus"
+    for share, stop in ((0.5, None), (0.2, 4.0)):
+        path.write_bytes(with_empty_packet(whole.read_bytes(), share))
+        found = decode(path, stop=stop)
+        assert len(found) > 0.7 * share * 9 * SAMPLE_RATE
+        num_equal = len(found) - 20  # the resampler's filter looks ahead
+        np.testing.assert_array_equal(found[:num_equal], decode(whole)[:num_equal])
+    reason = r"breaks\.opus: breaks off after 1\.\d s of 9\.0 s: Invalid data"
+    with pytest.raises(AudioError, match=reason):
+        decode(path, stop=None)
+
+
+def test_new_stream_within_a_file_ends_it(tmp_path):
+    parts = []
+    for number in (256, 300):
+        options = {"mpegts_start_pid": str(number), "mpegts_pmt_start_pid": str(number + 4096)}
+        part = tmp_path / f"{number}.ts"
+        parts.append(encode_audio(part, synthesise(4, 48000), 48000, "mp2", 64000, **options))
+    path = tmp_path / "a.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    np.testing.assert_array_equal(decode(path), decode(parts[0]))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_failures_of_the_machine_are_not_those_of_a_file(mp3, monkeypatch, error):
+    reads = []
+
+    def read(file, size):
+        reads.append(size)
+        if len(reads) > 2:
+            raise error
+        return io.FileIO.read(file, size)
+
+    monkeypatch.setattr(audio._File, "read", read)
+    with pytest.raises(type(error)):
+        decode(mp3)
+
+
+def test_error_codes_without_a_text_are_put_into_words(mp3, monkeypatch):
+    error = av.error.UndefinedError(16976906, "Error number -16976906 occurred")
+    monkeypatch.setattr(av, "open", mock.Mock(side_effect=error))
+    with pytest.raises(AudioError, match="cannot be decoded: unknown error of the decoding lib"):
+        decode(mp3)
+
+
+@pytest.mark.parametrize("name", ["a.m3u8", "a.ffconcat", "a.mp3", "id3.mp3", "id3.m3u8", "a.idx"])
+def test_playlists_are_refused_and_open_no_file(tmp_path, name, mp3):
+    outside = tmp_path / "outside.mp3"
+    outside.write_bytes(mp3.read_bytes())
+    text = f"#EXTM3U\n#EXT-X-TARGETDURATION:6\n#EXTINF:6,\n{outside}\n#EXT-X-ENDLIST\n"
+    if name == "a.ffconcat":
+        text = f"ffconcat version 1.0\nfile {outside}\n"
+    elif name == "a.idx":  # VobSub reads a file of the same name
+        text = "# VobSub index file, v7\nid: en\ntimestamp: 00:00:01:101, filepos: 000000000\n"
+        outside = outside.rename(tmp_path / "a.sub")
+    id3 = b"ID3\4\0\0\0\0\0\4\0\0\0\0" if name.startswith("id3") else b""
+    (tmp_path / name).write_bytes(id3 + text.encode())
+    with opened(outside) as was_opened:
+        with pytest.raises(AudioError, match=re.escape(name)):
+            decode(tmp_path / name)
+        assert not was_opened()
+
+
+def write_wav(path, samples, sample_rate=SAMPLE_RATE):
+    """Write float samples [shape=(n_samples, channels)], which may have any value."""
+    bits, channels = 8 * samples.itemsize, samples.shape[1]
+    content, frame = samples.tobytes(), samples.itemsize * channels
+    form = struct.pack("<HHIIHH", 3, channels, sample_rate, sample_rate * frame, frame, bits)
+    chunks = [(b"fmt ", form), (b"data", content)]
+    body = b"WAVE" + b"".join(name + len(c).to_bytes(4, "little") + c for name, c in chunks)
+    path.write_bytes(b"RIFF" + len(body).to_bytes(4, "little") + body)
+    return path
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (np.nan, "NaN"),
+        (-np.inf, "-infinity"),
+        (1e29, r"1e\+29, beyond 100 times full scale"),
+        (-101, "-101, beyond 100 times full scale"),
+    ],
+)
+def test_samples_that_cannot_be_audio_are_refused(tmp_path, channels, kind, value, what):
+    samples = np.full((80_000, channels), 100, kind)  # the largest value that is accepted
+    path = write_wav(tmp_path / "odd.wav", samples)
+    assert len(decode(path)) == 80_000
+    samples[:] = 0.5
+    samples[70_000:70_010, -1] = value
+    write_wav(path, samples)
+    with pytest.raises(AudioError, match=rf"odd\.wav: sample 70000 \(3\.17 s\) is {what}$"):
+        decode(path)
+    if channels == 1 and not madmom_is_missing():  # madmom returns the mean of channels
+        with pytest.raises(AudioError, match=r"odd\.wav: sample 70000 \(3\.17 s\) is "):
+            decode(path, decoder="madmom")
 
 
 @pytest.mark.parametrize("seed", range(12))

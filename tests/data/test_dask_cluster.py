@@ -95,7 +95,7 @@ def test_worker_that_does_not_see_a_folder_is_named(
     if tried.returncode:
         pytest.skip(f"cannot hide a folder from a process: {tried.stderr.strip()}")
     if joins_late:
-        own_cluster.add_worker(SLOW.format(seconds=0.5))
+        own_cluster.add_worker(SLOW.format(seconds=2))
         with started(data_dir, own_cluster) as process:
             wait_until(lambda: shards_in(data_dir))
             own_cluster.add_worker(before=before)

@@ -37,7 +37,7 @@ def test_workers_may_join_late_and_leave(cluster, data_dir, finished):
     with started(data_dir, cluster) as process:
         line = process.stderr.readline()
         assert line == f"{cluster.address}: no workers: waiting for workers to join\n"
-        first = cluster.add_worker(SLOW.format(seconds=0.3))
+        first = cluster.add_worker(SLOW.format(seconds=2))
         wait_until(lambda: shards_in(data_dir))
         late = cluster.add_worker(SLOW.format(seconds=0.3))
         wait_until(lambda: written_by(data_dir, late))

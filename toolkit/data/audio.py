@@ -7,9 +7,14 @@ Memory does not grow with the length of a file: ``av`` decodes it in pieces, and
 yielded in parts.
 """
 
+import errno
+import io
+import os
+import stat
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 
@@ -23,6 +28,9 @@ SAMPLES_PER_SEGMENT = 59049  # 3^10: 2.68 s at 22,050 Hz
 # MagnaTagATune's clips are 29.1 s long; the published program reads 29 s of each.
 CLIP_SECONDS = 29.0
 
+# Samples beyond this multiple of full scale are refused. Clipped float files reach about 2.
+MAX_LEVEL = 100.0
+
 # Maximum samples per part: 6 minutes at 22,050 Hz, 34 MB. Test shards contain one record per part,
 # so another value changes the shards of long clips.
 PART_SAMPLES = 1 << 23
@@ -30,6 +38,9 @@ PART_SAMPLES = 1 << 23
 # Samples per resampling call: enough to save calls into the library, and few enough for a core's
 # cache.
 _GATHERED_SAMPLES = 1 << 16
+
+# First bytes of playlists and scripts. FFmpeg would read the files that they name.
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat")
 
 
 def decode(
@@ -61,21 +72,32 @@ def decode(
     Raises
     ------
     AudioError
-        The file is missing, empty, not audio, or has no audio stream.
+        The file is missing, empty, a playlist, or not audio; most of it is damaged or missing; or a
+        sample is NaN, infinite, or beyond `MAX_LEVEL`.
+    OSError
+        The file system failed, which is not the fault of this file.
     """
     return np.concatenate(list(decode_pieces(path, sample_rate, stop, decoder)))
 
 
-def check_file(path: Path) -> None:
-    """Raise AudioError if a file does not exist, cannot be read, or is empty."""
+def check_file(path: str | Path) -> None:
+    """Raise AudioError if a file does not exist, cannot be read, is empty, or is a playlist."""
     try:
-        if not path.is_file():
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise AudioError(f"{path}: no such file")
-        is_empty = path.stat().st_size == 0
-    except OSError as error:  # for example, the name is too long
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
+        raise AudioError(f"{path}: no such file") from None
+    except OSError as error:
+        # Other errors, such as EIO, ESTALE, or EACCES of a folder, are not the fault of this file.
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
         raise AudioError(f"{path}: cannot be read: {error.strerror}") from None
-    if is_empty:
+    with _opened(path) as file:
+        start = file.read(max(map(len, _PLAYLISTS)))
+    if not start:
         raise AudioError(f"{path}: the file is empty")
+    if start.startswith(_PLAYLISTS):
+        raise AudioError(f"{path}: a playlist is not audio: use the files that it names")
 
 
 def decode_pieces(
@@ -101,7 +123,6 @@ def decode_pieces(
     AudioError
         As `decode`. For a damaged file, the error may be raised after some pieces.
     """
-    path = Path(path)
     check_file(path)
     read = {"av": _decode_av, "madmom": _decode_madmom}[decoder]
     num_decoded = 0
@@ -183,47 +204,163 @@ def cut_pieces(
         yield cut_segments(samples, num_samples, hop)
 
 
-def _decode_av(path: Path, sample_rate: int, stop: float | None) -> Iterator[np.ndarray]:
+class _File(io.FileIO):
+    """A file that PyAV reads through Python.
+
+    FFmpeg then opens no file by its name, and an error of the file system is an OSError of Python,
+    whereas decoders use the same error codes for damaged data.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with suppress(OSError):  # a damaged header may name a place beyond any file
+            return super().seek(offset, whence)
+        return -1
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return super().read(size)
+        except OSError as error:
+            error.filename = self.name
+            raise
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[_File]:
+    try:
+        file = _File(str(path))
+    except PermissionError as error:
+        raise AudioError(f"{path}: cannot be decoded: {error.strerror}") from None
+    with file:
+        yield file
+
+
+@contextmanager
+def _container(path: str | Path):
+    """Open a file with PyAV; turn errors of the library into AudioError."""
     import av
 
+    # Without protocols, a playlist or script cannot open other files.
+    options = {"protocol_whitelist": "none"}
     try:
-        # Without "file:", "a:b.mp3" would be parsed as a protocol. Comments need not be UTF-8.
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
-            if not container.streams.audio:
-                raise AudioError(f"{path}: no audio stream")
-            frames = _decoded_frames(container, path, stop)
-            # The format may change within a stream; each part has its own resampler.
-            for _, part in groupby(frames, lambda f: (f.sample_rate, f.layout.name, f.format.name)):
-                resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
-                # Resampling many frames in one call returns the same samples as frame by frame
-                # and is faster.
-                fifo = av.AudioFifo()
-                for frame in part:
-                    frame.pts = None
-                    fifo.write(frame)
-                    if fifo.samples >= _GATHERED_SAMPLES:
-                        yield _samples(resampler.resample(fifo.read()))
-                resampled = resampler.resample(fifo.read()) if fifo.samples else []
-                yield _samples(resampled + resampler.resample(None))
-    except (av.error.FFmpegError, OSError, OverflowError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise AudioError(f"{path}: cannot be decoded: {reason}") from None
+        with _opened(path) as file:
+            start = file.read(12)
+            file.seek(0)
+            if start.startswith(b"RIFF") and start.endswith(b"WAVE"):
+                # FFmpeg searches 16-bit WAV files for compressed audio, by default in the first
+                # 5 MB, which takes longer than decoding 20 s.
+                options["probesize"] = "32768"
+            # Comments need not be UTF-8.
+            with av.open(file, container_options=options, metadata_errors="replace") as container:
+                if not container.streams.audio:
+                    raise AudioError(f"{path}: no audio stream")
+                yield container
+    except AudioError:
+        raise
+    except Exception as error:
+        raise AudioError(f"{path}: cannot be decoded: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Describe an error of PyAV; raise errors of the file system and lack of memory."""
+    import av
+
+    if not isinstance(error, av.error.FFmpegError):
+        if isinstance(error, OSError | MemoryError):
+            raise error
+        return str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        bytearray(1 << 26)  # raises MemoryError, unless only a damaged file asked for too much
+    # Some decoders return codes that FFmpeg has no text for.
+    has_text = not error.strerror.startswith("Error number")
+    return error.strerror if has_text else "unknown error of the decoding library"
+
+
+def _decode_av(path: str | Path, sample_rate: int, stop: float | None) -> Iterator[np.ndarray]:
+    import av
+
+    with _container(path) as container:
+        num_samples, seconds = 0, 0.0
+        frames = _decoded_frames(container, path, stop)
+        # The format may change within a stream; each part has its own resampler.
+        for _, part in groupby(frames, lambda f: (f.sample_rate, f.layout.name, f.format.name)):
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=sample_rate)
+            for frame in _gathered(part):
+                _check_frame(path, frame, num_samples, seconds)
+                num_samples += frame.samples
+                seconds += frame.samples / frame.sample_rate
+                samples = _samples(resampler.resample(frame))
+                del frame  # frees memory that the next frame can use
+                yield samples
+            yield _samples(resampler.resample(None))
+
+
+def _gathered(frames: Iterable) -> Iterator:
+    """Join frames: resampling many in one call returns the same samples and is faster."""
+    import av
+
+    fifo = av.AudioFifo()
+    for frame in frames:
+        frame.pts = None
+        fifo.write(frame)
+        if fifo.samples >= _GATHERED_SAMPLES:
+            yield fifo.read()
+    if fifo.samples:
+        yield fifo.read()
 
 
 def _samples(frames: list) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray()[0] for frame in frames)])
 
 
-def _decoded_frames(container, path: Path, stop: float | None):
+def _check_frame(path: str | Path, frame, num_before: int, seconds: float) -> None:
+    """Check the samples of a frame before they are resampled, which spreads a NaN."""
+    kind = frame.format.name[:3]
+    if kind not in ("flt", "dbl"):  # integers cannot exceed full scale
+        return
+    # Views: copying a frame takes eight times as long as this check.
+    for plane in frame.planes:
+        samples = np.frombuffer(plane, np.float32 if kind == "flt" else np.float64)
+        channels = 1 if frame.format.is_planar else frame.layout.nb_channels
+        samples = samples[: frame.samples * channels].reshape(-1, channels)
+        _check_samples(path, samples, frame.sample_rate, num_before, seconds)
+
+
+def _check_samples(
+    path: str | Path, samples: np.ndarray, rate: int, num_before: int = 0, seconds: float = 0.0
+) -> None:
+    """Raise AudioError if a sample [shape=(n_samples, channels)] cannot be audio."""
+    # Comparisons with NaN are false.
+    if samples.min() >= -MAX_LEVEL and samples.max() <= MAX_LEVEL:
+        return
+    at, channel = np.argwhere(~(np.abs(samples) <= MAX_LEVEL))[0]
+    value = samples[at, channel]
+    what = f"{value:.3g}".replace("nan", "NaN").replace("inf", "infinity")
+    if np.isfinite(value):
+        what += f", beyond {MAX_LEVEL:g} times full scale"
+    raise AudioError(f"{path}: sample {num_before + at} ({seconds + at / rate:.2f} s) is {what}")
+
+
+def _decoded_frames(container, path: str | Path, stop: float | None) -> Iterator:
     """Yield the frames of an audio stream; skip damaged packets like the program ``ffmpeg``."""
     import av
 
+    stream = container.streams.audio[0]
     num_good = num_bad = 0
     seconds = 0.0
-    for packet in container.demux(container.streams.audio[0]):
+    reason = None
+
+    def packets() -> Iterator:
+        nonlocal reason
+        try:
+            yield from container.demux(stream)
+        except Exception as error:
+            reason = _reason(error)
+
+    for packet in packets():
         try:
             frames = packet.decode()
-        except av.error.InvalidDataError:
+        except av.error.FFmpegError as error:
+            _reason(error)
             num_bad += 1
             continue
         num_good += 1
@@ -235,17 +372,37 @@ def _decoded_frames(container, path: Path, stop: float | None):
             break
     if num_bad > 2 * num_good:  # ffmpeg's default limit, an error rate of 2/3
         raise AudioError(f"{path}: {num_bad} of {num_good + num_bad} audio packets are damaged")
+    if reason is not None:
+        _check_length(container, path, seconds, stop, reason)
 
 
-def _decode_madmom(path: Path, sample_rate: int, stop: float | None) -> Iterator[np.ndarray]:
+def _check_length(container, path: str | Path, seconds: float, stop: float | None, reason: str):
+    """Raise AudioError if reading failed before a third of the samples that would be used."""
+    stream = container.streams.audio[0]
+    declared = stream.duration and float(stream.duration * stream.time_base)
+    declared = declared or (container.duration and container.duration / 1e6)
+    needed, of = SAMPLES_PER_SEGMENT / SAMPLE_RATE, ""
+    if declared:
+        needed, of = min(declared, stop or declared) / 3, f" of {declared:.1f} s"
+    if seconds < needed:
+        raise AudioError(f"{path}: breaks off after {seconds:.1f} s{of}: {reason}")
+
+
+def _decode_madmom(path: str | Path, sample_rate: int, stop: float | None) -> Iterator[np.ndarray]:
     madmom_signal = import_madmom()
+    with _container(path):  # refuses files that would make madmom's ffmpeg open other files
+        pass
     try:
         signal = madmom_signal.Signal(
             str(path), sample_rate=sample_rate, dtype=np.float32, stop=stop, num_channels=1
         )
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # madmom raises several types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AudioError(f"{path}: cannot be decoded: {reason}") from None
+    if len(signal):
+        _check_samples(path, np.asarray(signal)[:, np.newaxis], sample_rate)
     yield np.asarray(signal)
 
 
