@@ -161,7 +161,7 @@ def stderr_held() -> Iterator[None]:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:  # not for Ctrl-C
             sys.stderr.flush()
             held.seek(0)
             os.write(stderr, held.read())

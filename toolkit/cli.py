@@ -6,11 +6,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.messages import say
+from toolkit.signals import interrupts_recorded
 
 # JAX, PyTorch and XLA have no common exception type for a lack of memory, only these messages.
 _OUT_OF_MEMORY = re.compile(
@@ -262,23 +263,57 @@ def run(script: Callable[[argparse.Namespace], int | None], arguments: argparse.
     int
         0 for success, 2 for usage errors, 128 + n after signal n, 1 for other errors.
     """
-    try:
-        return script(arguments) or 0
-    except ToolkitError as error:
-        return _report(error, str(error), error.exit_status, arguments.verbose)
-    except KeyboardInterrupt as error:
-        return _report(error, "interrupted", 130, arguments.verbose)
-    except BrokenPipeError:
-        # The program that reads stdout, such as head, has exited. Redirect stdout so that the
-        # interpreter's final flush raises no error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        return _report(error, describe_os_error(error), 1, arguments.verbose)
-    except Exception as error:
-        if not _is_out_of_memory(error):
-            raise
-        return _report(error, f"out of memory{_memory_hint(arguments)}", 1, arguments.verbose)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what is printed for people never fails
+    with interrupts_recorded() as was_interrupted:
+        try:
+            return script(arguments) or 0
+        except BrokenPipeError:
+            # The program that reads stdout, such as head, has exited. Redirect stdout so that the
+            # interpreter's final flush raises no error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except BaseException as error:
+            # A library can replace the exception of Ctrl-C by another, such as ImportError.
+            found = (130, "interrupted") if was_interrupted() else _describe(error, arguments)
+            if found is None:
+                raise
+            if arguments.verbose:
+                traceback.print_exception(error)
+            exit_status, message = found
+            say(f"{Path(sys.argv[0]).name}: error: {_as_given(message, arguments)}")
+            return exit_status
+
+
+def _describe(error: BaseException, arguments: argparse.Namespace) -> tuple[int, str] | None:
+    """Return exit status and message of an error, or None if the error is a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, ToolkitError):
+        return error.exit_status, str(error)
+    if isinstance(error, OSError):
+        is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+        was_given = any(Path(given) == Path(error.filename or "") for given in _paths(arguments))
+        return 2 if is_missing and was_given else 1, describe_os_error(error)
+    if _is_out_of_memory(error):
+        return 1, f"out of memory{_memory_hint(arguments)}"
+    return None
+
+
+def _paths(arguments: argparse.Namespace) -> Iterator[str]:
+    """Yield the values on the command line that may be paths."""
+    for value in vars(arguments).values():
+        values = value if isinstance(value, list) else [value]
+        yield from (text for text in values if isinstance(text, str))
+
+
+def _as_given(message: str, arguments: argparse.Namespace) -> str:
+    """Begin a message with a path as the user typed it: Path drops ./ and the slashes of URLs."""
+    for given in _paths(arguments):
+        form = rf"(--[\w-]+ )?{re.escape(str(Path(given)))}(?=[:/]|$)"
+        if match := re.match(form, message):
+            return f"{match[1] or ''}{given}{message[match.end() :]}"
+    return message
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -305,10 +340,3 @@ def describe_os_error(error: OSError) -> str:
     reason = error.strerror or str(next(iter(error.args), "")) or type(error).__name__
     reason = reason.strip().splitlines()[0]
     return f"{error.filename}: {reason}" if error.filename else reason
-
-
-def _report(error: BaseException, message: str, exit_status: int, verbose: bool) -> int:
-    if verbose:
-        traceback.print_exception(error)
-    say(f"{Path(sys.argv[0]).name}: error: {message}")
-    return exit_status

@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: stop at the next safe point, so that no work is lost."""
+"""SIGINT and SIGTERM: stop at the next safe point, so that no work is lost; notice every Ctrl-C."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from toolkit.errors import Interrupted
@@ -46,3 +46,25 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_recorded() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C has raised KeyboardInterrupt."""
+    was_interrupted = False
+
+    def interrupt(number, frame):
+        nonlocal was_interrupted
+        was_interrupted = True
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    earlier = signal.getsignal(signal.SIGINT)
+    is_replaced = is_main and callable(earlier)
+    if is_replaced:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: was_interrupted
+    finally:
+        if is_replaced:
+            signal.signal(signal.SIGINT, earlier)
