@@ -153,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tag(arguments: argparse.Namespace) -> None:
+    if arguments.csv or arguments.json:
+        sys.stdout.reconfigure(encoding="utf-8")  # data, whatever the terminal shows
     cli.check_model(arguments.model_path)
     files = find_files(arguments.audio)
     if not files:

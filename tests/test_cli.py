@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 import importlib
+import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from toolkit import cli, errors
@@ -69,6 +72,52 @@ def test_the_result_of_a_stage_is_the_exit_status(capsys, result, exit_status):
 def test_error_is_one_line_and_an_exit_status(capsys, error, exit_status, message):
     assert run(raising(error)) == exit_status
     assert capsys.readouterr() == ("", f"thing.py: error: {message}\n")
+
+
+def test_ctrl_c_is_named_even_if_a_library_replaces_its_exception(capsys):
+    def script(arguments):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9)
+        except KeyboardInterrupt:
+            raise UsageError("onnxruntime is not installed") from None
+
+    assert run(script) == 130
+    assert capsys.readouterr().err == "thing.py: error: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "shown"),
+    [
+        ("./a//b.mp3", "a/b.mp3: empty", "./a//b.mp3: empty"),
+        ("data/", "data/tfrecord: no shards", "data/tfrecord: no shards"),
+        ("https://host/a", "https:/host/a: no such file", "https://host/a: no such file"),
+        ("./dataset", "--data-dir dataset: no dataset", "--data-dir ./dataset: no dataset"),
+        ("b", "b.mp3: empty", "b.mp3: empty"),
+    ],
+)
+def test_a_message_begins_with_the_path_as_it_was_typed(capsys, given, message, shown):
+    parser = new_parser()
+    parser.add_argument("paths", nargs="+")
+    assert cli.run(raising(ShardError(message)), parser.parse_args(["other", given])) == 1
+    assert capsys.readouterr().err == f"thing.py: error: {shown}\n"
+
+
+def test_a_missing_path_of_the_command_line_is_a_usage_error(capsys):
+    parser = new_parser()
+    parser.add_argument("path")
+    arguments = parser.parse_args(["./none/x"])
+    assert cli.run(lambda arguments: Path(arguments.path).read_text(), arguments) == 2
+    assert "error: ./none/x: No such file" in capsys.readouterr().err
+    assert cli.run(lambda arguments: Path("other").read_text(), arguments) == 1
+
+
+def test_any_character_can_be_printed(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run(lambda arguments: print("très 音 \udcff")) == 0
+    assert stdout.buffer.getvalue() == "très ? ?\n".encode("latin-1")
 
 
 class ResourceExhaustedError(Exception):

@@ -1,5 +1,6 @@
-"""Every script exits with one clear line on Windows and on versions of Python without packages."""
+"""A script that cannot start exits with one line: other systems, no packages, or Ctrl-C."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("build_mtt.py", "train.py", "eval.py", "extract_excitations.py", "tag.py")
+TOOLS = ("tools.benchmark", "tools.convert_model", "tools.make_demo_dataset")
 # Modules that the scripts import before the toolkit. Some depend on the platform, so import them
 # before the platform is replaced.
 PROGRAM = """
@@ -37,3 +39,22 @@ def test_scripts_name_the_system_that_they_need(script, pretend, part):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert part in done.stderr
+
+
+@pytest.mark.parametrize("command", [[script] for script in SCRIPTS] + [["-m", t] for t in TOOLS])
+def test_without_its_packages_a_script_says_to_activate_the_environment(command):
+    command = [sys.executable, "-S", *command]  # without site-packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    name = command[-1].removeprefix("tools.").removesuffix(".py")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"{name}.py: error: ")
+    assert "is not installed: activate the environment with: . .venv/bin/activate" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_packages_are_imported_is_one_line(tmp_path):
+    (tmp_path / "numpy.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(9)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "eval.py", "model.keras"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "eval.py: error: interrupted\n")

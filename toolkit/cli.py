@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -264,7 +265,8 @@ def run(script: Callable[[argparse.Namespace], int | None], arguments: argparse.
         0 for success, 2 for usage errors, 128 + n after signal n, 1 for other errors.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what is printed for people never fails
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what is printed for people never fails
     with interrupts_recorded() as was_interrupted:
         try:
             return script(arguments) or 0
@@ -312,7 +314,8 @@ def _as_given(message: str, arguments: argparse.Namespace) -> str:
     for given in _paths(arguments):
         form = rf"(--[\w-]+ )?{re.escape(str(Path(given)))}(?=[:/]|$)"
         if match := re.match(form, message):
-            return f"{match[1] or ''}{given}{message[match.end() :]}"
+            rest = message[match.end() :]
+            return f"{match[1] or ''}{given.rstrip('/') if rest[:1] == '/' else given}{rest}"
     return message
 
 

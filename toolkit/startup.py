@@ -24,15 +24,10 @@ def _exit_at_once(number, frame) -> None:
 
 def _name_missing_package(kind: type, error: BaseException, traceback) -> None:
     if isinstance(error, ModuleNotFoundError) and error.name:
-        is_activated = sys.prefix != sys.base_prefix
-        _fail(
-            f"{error.name.partition('.')[0]} is not installed: "
-            + (
-                "python -m pip install -r requirements.txt"
-                if is_activated
-                else "activate the environment with: . .venv/bin/activate (make demo creates it)"
-            )
-        )
+        hint = "python -m pip install -r requirements.txt"
+        if sys.prefix == sys.base_prefix:
+            hint = "activate the environment with: . .venv/bin/activate (make demo creates it)"
+        _fail(f"{error.name.partition('.')[0]} is not installed: {hint}")
     else:
         sys.__excepthook__(kind, error, traceback)
 
