@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace) -> None:
     for model_path in arguments.model_paths:
         cli.check_model(model_path)
+    if arguments.report:
+        cli.check_output(arguments.report, "--report", is_folder=True)
     open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
     names = model_names(arguments.model_paths)
     all_scores, all_resamples = [], []

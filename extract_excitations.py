@@ -154,8 +154,7 @@ def _extract(arguments: argparse.Namespace) -> None:
             "model it was exported from"
         )
     output = Path(arguments.out)
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: the folder {output.absolute().parent} does not exist")
+    cli.check_output(output)
     open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
     table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
     write(output, table)

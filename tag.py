@@ -21,7 +21,7 @@ from toolkit import cli, figures, messages
 from toolkit.data.audio import check_file
 from toolkit.errors import AudioError, UsageError
 from toolkit.files import write_atomically
-from toolkit.models.tags import choose_tags
+from toolkit.models.tags import choose_tags, read_tags
 from toolkit.prediction import DEFAULT_BATCH_SIZE, clip_mean, load
 from toolkit.tagging import find_files, tag_files
 
@@ -159,10 +159,12 @@ def _tag(arguments: argparse.Namespace) -> None:
     files = find_files(arguments.audio)
     if not files:
         raise UsageError(f"{', '.join(arguments.audio)}: no files found")
-    (path, is_named), *others = files
-    if is_named and not others:
-        check_file(path)  # before the model is loaded, which takes seconds
+    for path, is_named in files:
+        if is_named and (len(files) == 1 or not os.path.exists(path)):
+            check_file(path)  # before the model is loaded, which takes seconds
     _check_taggrams(arguments, len(files))
+    if arguments.tags:
+        read_tags(arguments.tags)
 
     checkpoint = load(arguments.model_path)
     tags = choose_tags(arguments.model_path, checkpoint, arguments.tags)
@@ -225,10 +227,7 @@ def _check_taggrams(arguments: argparse.Namespace, num_files: int) -> None:
             raise UsageError(f"{option} needs exactly one audio file, but there are {num_files:,}")
         if Path(path).suffix.lower() not in suffixes:
             raise UsageError(f"{option} {path}: expected a name that ends in {', '.join(suffixes)}")
-        if not Path(path).absolute().parent.is_dir():
-            raise UsageError(
-                f"{option} {path}: the folder {Path(path).absolute().parent} does not exist"
-            )
+        cli.check_output(path, option)
 
 
 def _print(text: str) -> None:

@@ -212,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    cli.check_output(arguments.train_dir, "--train-dir", is_folder=True)
     dataset = open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
     _report_ignored(dataset, cli.read_options(IgnoredOptions, arguments))
     config = cli.read_options(NetworkConfig, arguments)

@@ -260,7 +260,7 @@ def test_missing_and_unsuitable_models_and_datasets_are_refused(
 ):
     message = refused(capsys, 2, tmp_path / "none.keras", "--data-dir", tiny_dataset)
     assert "none.keras" in message
-    message = refused(capsys, 1, model_path, "--data-dir", tmp_path / "nowhere")
+    message = refused(capsys, 2, model_path, "--data-dir", tmp_path / "nowhere")
     assert "nowhere: no dataset found" in message
 
     dataset = open_dataset(tiny_dataset)

@@ -273,13 +273,16 @@ def test_a_given_file_that_cannot_be_decoded_is_an_error_after_the_other_files(
     assert [line["path"] for line in json_lines(out)] == [str(folder / "c.flac")]
     assert len(said) == 1 and said[0].startswith(f"tag.py: error: {text}: ")
 
-    missing = tmp_path / "none.mp3"
-    out, said = run(capsys, model_path, text, missing, folder / "c.flac", "--csv", status=1)
+    other = shutil.copy(text, tmp_path / "other.txt")
+    out, said = run(capsys, model_path, text, other, folder / "c.flac", "--csv", status=1)
     assert len(out.splitlines()) == 2
-    assert said[0].startswith(f"{text}: ") and said[1] == f"{missing}: no such file"
+    assert said[0].startswith(f"{text}: ") and said[1].startswith(f"{other}: ")
     assert said[2:] == ["tag.py: error: 2 of the given files cannot be decoded"]
 
-    out, said = run(capsys, model_path, missing, status=1)
+
+def test_a_missing_file_is_named_before_others_are_tagged(folder, model_path, tmp_path, capsys):
+    missing = tmp_path / "none.mp3"
+    out, said = run(capsys, model_path, folder / "c.flac", missing, status=2)
     assert (out, said) == ("", [f"tag.py: error: {missing}: no such file"])
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.errors import ToolkitError, UsageError
@@ -159,10 +159,49 @@ def check_model(path: str | Path) -> None:
     Raises
     ------
     UsageError
-        There is no such file or folder.
+        There is no such file or folder, or the folder contains no checkpoint.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise UsageError(f"{path}: no such model file")
+    if not os.path.isdir(path) or any(Path(path).glob("ckpt-*")):
+        return
+    folders = {checkpoint.parent.name for checkpoint in Path(path).glob("*/ckpt-*")}
+    if not folders:
+        raise UsageError(f"{path}: no checkpoint in this folder: expected ckpt-*.keras or .hdf5")
+    *others, last = sorted(folders, key=lambda name: (len(name), name))  # numbers in order
+    stages = f"stages {', '.join(others)} and {last}" if others else f"stage {last}"
+    raise UsageError(f"{path}: contains {stages}: use {os.path.join(path, last)}")
+
+
+def check_output(path: str | Path, option: str = "", is_folder: bool = False) -> None:
+    """Check that a file or folder can be written, before the slow part of a script.
+
+    Parameters
+    ----------
+    path : str or Path
+        File, or folder that is created if it does not exist.
+    option : str
+        Option that gives the path, for the message; empty for a positional argument.
+    is_folder : bool
+        Whether the path is that of a folder.
+
+    Raises
+    ------
+    UsageError
+        The path's folder does not exist, is not a folder, or may not be written to.
+    """
+    path_of_option = f"{option} {path}".lstrip()
+    folder = Path(path).absolute()
+    if not is_folder:
+        folder = folder.parent
+    while is_folder and not os.path.lexists(folder):
+        folder = folder.parent
+    if not os.path.lexists(folder):
+        raise UsageError(f"{path_of_option}: the folder {folder} does not exist")
+    if not folder.is_dir():
+        raise UsageError(f"{path_of_option}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{path_of_option}: no permission to write to the folder {folder}")
 
 
 def add_data_dir(
@@ -283,7 +322,7 @@ def run(script: Callable[[argparse.Namespace], int | None], arguments: argparse.
             if arguments.verbose:
                 traceback.print_exception(error)
             exit_status, message = found
-            say(f"{Path(sys.argv[0]).name}: error: {_as_given(message, arguments)}")
+            say(f"{Path(sys.argv[0]).name}: error: {message}")
             return exit_status
 
 
@@ -291,32 +330,23 @@ def _describe(error: BaseException, arguments: argparse.Namespace) -> tuple[int,
     """Return exit status and message of an error, or None if the error is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    if isinstance(error, ToolkitError):
-        return error.exit_status, str(error)
-    if isinstance(error, OSError):
-        is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        was_given = any(Path(given) == Path(error.filename or "") for given in _paths(arguments))
-        return 2 if is_missing and was_given else 1, describe_os_error(error)
     if _is_out_of_memory(error):
         return 1, f"out of memory{_memory_hint(arguments)}"
-    return None
-
-
-def _paths(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yield the values on the command line that may be paths."""
-    for value in vars(arguments).values():
-        values = value if isinstance(value, list) else [value]
-        yield from (text for text in values if isinstance(text, str))
-
-
-def _as_given(message: str, arguments: argparse.Namespace) -> str:
-    """Begin a message with a path as the user typed it: Path drops ./ and the slashes of URLs."""
-    for given in _paths(arguments):
-        form = rf"(--[\w-]+ )?{re.escape(str(Path(given)))}(?=[:/]|$)"
-        if match := re.match(form, message):
-            rest = message[match.end() :]
-            return f"{match[1] or ''}{given.rstrip('/') if rest[:1] == '/' else given}{rest}"
-    return message
+    if not isinstance(error, ToolkitError | OSError):
+        return None
+    message = describe_os_error(error) if isinstance(error, OSError) else str(error)
+    exit_status = getattr(error, "exit_status", 1)
+    values = [value if isinstance(value, list) else [value] for value in vars(arguments).values()]
+    for given in (text for texts in values for text in texts if isinstance(text, str)):
+        # Name a path as the user typed it: Path drops ./ and one of the slashes of URLs.
+        match = re.match(rf"(--[\w-]+ )?{re.escape(str(Path(given)))}(?=[:/]|$)", message)
+        if match:
+            option, rest = match[1] or "", message[match.end() :]
+            # An output that does not exist yet can fail for other reasons, such as a full disk.
+            if isinstance(error, ToolkitError | FileNotFoundError) and not os.path.exists(given):
+                exit_status = 2
+            return exit_status, option + (given.rstrip("/") if rest[:1] == "/" else given) + rest
+    return exit_status, message
 
 
 def _is_out_of_memory(error: Exception) -> bool:

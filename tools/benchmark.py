@@ -443,6 +443,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _benchmark(arguments: argparse.Namespace) -> int:
     options = cli.read_options(Options, arguments)
+    if options.json:
+        cli.check_output(options.json, "--json")
     stages = STAGES if "all" in arguments.stages else arguments.stages
     if "sweep" in stages:
         if len(stages) > 1:

@@ -41,8 +41,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.suffix not in (".keras", *FORMATS):
         raise UsageError(f"{output}: expected a name that ends in .keras, {', '.join(FORMATS)}")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"{output}: the folder {output.absolute().parent} does not exist")
+    cli.check_output(output)
     cli.check_model(arguments.model_path)
     # After the checks, because the import takes seconds.
     backend.import_keras()

@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _make(arguments: argparse.Namespace) -> None:
+    cli.check_output(arguments.out, "--out", is_folder=True)
     make_demo_dataset(cli.read_options(Options, arguments))
 
 

@@ -496,7 +496,7 @@ def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, noise, pla
 def test_missing_audio_folder_is_named(tmp_path, capsys):
     tables, options = as_columns(tmp_path)
     command = ["--data-dir", str(tmp_path / "mine"), "--annotations", str(tables[0]), *options]
-    assert build_mtt.main(command) == 1
+    assert build_mtt.main(command) == 2
     assert (
         f"{Path('mine') / 'mp3'}: no such folder: give the audio folder" in capsys.readouterr().err
     )

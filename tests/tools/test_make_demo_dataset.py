@@ -154,8 +154,10 @@ def test_invalid_numbers_are_usage_errors(tmp_path, capsys, option):
 
 def test_error_names_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert make(tmp_path / "file") == 1
-    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+    assert make(tmp_path / "file") == 2
+    assert f"--out {tmp_path / 'file'}: {tmp_path / 'file'} is not a folder" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -168,9 +168,11 @@ def test_validation_columns_are_those_of_the_checkpoint(tiny_dataset, trained):
     labels, outputs = predict_validation(path, tiny_dataset)
     means = np.array([output.mean(axis=0) for output in outputs])
     known = [len(set(column)) == 2 for column in labels.T]
+    labels, means = labels[:, known], means[:, known]
+    # The compiled network's predictions may differ by 1e-5, which can exchange the ranks of two.
     for name, score in (("roc", roc_auc_score), ("pr", average_precision_score)):
-        expected = score(labels[:, known], means[:, known])
-        assert row[f"val_{name}_auc"] == pytest.approx(expected, abs=1e-6)
+        lowest, highest = (score(labels, means + sign * 1e-5 * labels) for sign in (-1, 1))
+        assert lowest - 1e-6 <= row[f"val_{name}_auc"] <= highest + 1e-6
     assert row["val_loss"] == pytest.approx(validation_loss_of(path, tiny_dataset), abs=1e-6)
     assert path.name == checkpoint_name(int(row["epoch"]), row["val_loss"])
 
