@@ -394,6 +394,22 @@ def test_invalid_commands_print_the_usage(options, capsys):
     assert "usage: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_tags_are_printed_in_any_encoding_and_data_is_utf_8(
+    folder, tmp_path, monkeypatch, encoding
+):
+    config = NetworkConfig("se", init_features=2, num_tags=2)
+    path = tmp_path / "model.keras"
+    save(path, Checkpoint(build_network(config), config, ("음악", "doux é")))
+    audio = shutil.copy(folder / "a.wav", tmp_path / "노래.wav")
+    for options, expected in (((), "?? "), (("--json",), "음악"), (("--csv",), "음악")):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert tag.main([str(path), str(audio), *options]) == 0
+        stdout.flush()
+        assert expected in stdout.buffer.getvalue().decode("utf-8" if options else encoding)
+
+
 def test_a_file_name_that_is_not_utf_8_is_printed(folder, model_path, tmp_path, capsys):
     name = b"caf\xe9.flac".decode(errors="surrogateescape")
     try:

@@ -5,10 +5,15 @@ The figures are drawn without pyplot, so that they need no display and work in a
 
 import io
 import math
+import unicodedata
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from toolkit import messages
 from toolkit.evaluation import CONFIDENCE, Resamples, Scores, interval
 from toolkit.files import write_atomically
 from toolkit.prediction import clip_mean
@@ -17,6 +22,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")  # file name extensions for `plot_taggram`
 # 830 pixels, in inches of 100 pixels.
@@ -85,7 +91,7 @@ def plot_training(
     bottom.set_xlim(0.5, len(rows) + 0.5)
     top.legend(frameon=False, fontsize="small")
     bottom.legend(frameon=False, fontsize="small")
-    figure.savefig(path, format="png")
+    _savefig(figure, path, format="png")
 
 
 def _tag_rows(tags: tuple[str, ...], positives: np.ndarray, order: np.ndarray) -> list[str]:
@@ -195,7 +201,7 @@ def plot_tags(
     side_by_side = {tuple: HandlerTuple(ndivide=None)}  # the two marks of chance
     place = {"loc": "outside upper center", "frameon": False, "fontsize": "small"}
     figure.legend(handles, names, ncols=4, handler_map=side_by_side, **place)
-    figure.savefig(path)
+    _savefig(figure, path)
 
 
 def plot_comparison(
@@ -264,7 +270,7 @@ def plot_comparison(
     figure.legend(
         handles, labels, loc="outside upper center", ncols=min(num_models, 3), frameon=False
     )
-    figure.savefig(path)
+    _savefig(figure, path)
 
 
 def plot_taggram(
@@ -320,5 +326,70 @@ def plot_taggram(
     axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
     figure.colorbar(image, ax=axes, label="probability", pad=0.02)
     content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:].lower())
+    _savefig(figure, content, format=Path(path).suffix[1:].lower())
     write_atomically(Path(path), content.getvalue())
+
+
+def _savefig(figure: "Figure", file: str | Path | BinaryIO, **options) -> None:
+    """Write a figure in fonts that have all of its characters, as far as any installed font has."""
+    from matplotlib import font_manager, rcParams
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    missing = {
+        character
+        for text in texts
+        for character in text.get_text()
+        if not unicodedata.category(character).startswith(("C", "M", "Z"))  # not drawn on their own
+    }
+    families = [*rcParams["font.family"]]
+    has = _characters(font_manager.findfont(font_manager.FontProperties(family=families)))
+    while missing := missing - has:
+        # Matplotlib takes each character from the first font of the list that has the character.
+        fonts = _installed_fonts()
+        name = max(fonts, key=lambda name: len(missing & _characters(fonts[name])))
+        has = _characters(fonts[name])
+        if not missing & has:
+            _say_once(f"no installed font has {''.join(sorted(missing)[:8])}: {_hint(missing)}")
+            break
+        families.append(name)
+    for text in texts:
+        text.set_fontfamily(families)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(file, **options)
+
+
+@cache
+def _installed_fonts() -> dict[str, str]:
+    """Return the regular file of all fonts by name."""
+    from matplotlib import font_manager
+
+    known = font_manager.fontManager.ttflist
+    # Matplotlib does not notice fonts that were installed since its first use.
+    for path in {*font_manager.findSystemFonts()} - {font.fname for font in known}:
+        with suppress(Exception):  # bitmap fonts, such as those of coloured emoji
+            font_manager.fontManager.addfont(path)
+    regular_last = sorted(known, key=lambda font: (font.style == "normal", -abs(font.weight - 400)))
+    fonts = {font.name: font.fname for font in regular_last}
+    # Matplotlib's last resort draws boxes for all characters.
+    return {name: path for name, path in fonts.items() if not name.startswith("Last Resort")}
+
+
+@cache
+def _characters(path: str) -> frozenset[str]:
+    from matplotlib.font_manager import get_font
+
+    return frozenset(map(chr, get_font(path).get_charmap()))
+
+
+def _hint(missing: set[str]) -> str:
+    names = {unicodedata.name(character, "").split()[0] for character in missing}
+    if names & {"CJK", "HANGUL", "HIRAGANA", "KATAKANA"}:
+        return "install Noto Sans CJK (on Debian: fonts-noto-cjk)"
+    if max(missing) >= "\U0001f000":  # emoji
+        return "install Symbola (on Debian: fonts-symbola)"
+    return "install a font that has them, such as Noto Sans (on Debian: fonts-noto-core)"
+
+
+_say_once = cache(messages.say)
