@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = demo
 
-.PHONY: demo notebook test test-slow lint clean
+.PHONY: demo notebook test test-slow lint clean same-python
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tools.make_demo_dataset --out $(DEMO)/dataset
@@ -18,7 +18,8 @@ demo: $(VENV)/installed
 	  --out $(DEMO)/excitations.pkl
 	EXCITATIONS=$(DEMO)/excitations.pkl DATA_DIR=$(DEMO)/dataset $(BIN)/jupyter nbconvert \
 	  --to notebook --execute excitation_analysis.ipynb --output-dir $(DEMO) \
-	  --ExecutePreprocessor.timeout=300 --log-level ERROR
+	  --ExecutePreprocessor.timeout=300 --log-level ERROR \
+	  --ExecutePreprocessor.extra_arguments=--log-level=ERROR
 	@echo
 	@echo "The demo is complete:"
 	@echo "  $(DEMO)/dataset                    synthetic clips, their annotations and shards"
@@ -32,6 +33,7 @@ notebook: $(VENV)/installed
 	EXCITATIONS=$(DEMO)/excitations.pkl DATA_DIR=$(DEMO)/dataset FIGURES_DIR=docs/images \
 	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace excitation_analysis.ipynb \
 	  --ExecutePreprocessor.record_timing=False \
+	  --ExecutePreprocessor.extra_arguments=--log-level=ERROR \
 	  --ExecutePreprocessor.store_widget_state=False
 	$(BIN)/jupyter nbconvert --to notebook --inplace excitation_analysis.ipynb \
 	  --TagRemovePreprocessor.enabled=True \
@@ -54,9 +56,19 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Where PYTHON is given, refuse an environment that another version of Python made.
+same-python:
+ifneq ($(origin PYTHON),file)
+	@if [ -x $(BIN)/python ]; then \
+	  has=$$($(BIN)/python -V) && wanted=$$($(PYTHON) -V) || exit; \
+	  [ "$$has" = "$$wanted" ] || { echo "$(VENV) contains $$has, but PYTHON=$(PYTHON) is" \
+	    "$$wanted: delete $(VENV), or choose another folder with VENV=" >&2; exit 2; }; \
+	fi
+endif
+
 # One environment: the toolkit's requirements, then tests, lint and Jupyter. --upgrade-deps
 # installs the newest pip, which installs packages faster than that of Python 3.11.
-$(VENV)/installed: requirements.txt requirements/tag.txt requirements/dev.txt
+$(VENV)/installed: requirements.txt requirements/tag.txt requirements/dev.txt | same-python
 	@$(PYTHON) -B toolkit/supported_python.py
 	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements/dev.txt

@@ -134,7 +134,7 @@ def test_missing_files_and_folders_are_errors_of_one_line(tiny_dataset, golden, 
         capsys, 2, model, "--data-dir", tiny_dataset, "--out", tmp_path / "x.pkl"
     )
     assert "none.keras" in refused(capsys, 2, tmp_path / "none.keras")
-    assert "nowhere" in refused(capsys, 1, model, "--data-dir", tmp_path / "nowhere")
+    assert "nowhere" in refused(capsys, 2, model, "--data-dir", tmp_path / "nowhere")
     out = tmp_path / "no" / "x.pkl"
     assert str(out) in refused(capsys, 2, model, "--data-dir", tiny_dataset, "--out", out)
     assert not list(tmp_path.glob("*.pkl"))

@@ -44,7 +44,8 @@ def make_table(form="current", tags=TAGS):
         return pd.concat(columns, axis=1)
     if form == "previous":
         return pd.concat([*columns, clips], axis=1)
-    return pd.concat(columns, axis=1).set_index(pd.MultiIndex.from_frame(clips))
+    table = pd.concat(columns, axis=1).set_index(pd.MultiIndex.from_frame(clips))
+    return table.reset_index() if form == "reset" else table
 
 
 def write_table(path, table):
@@ -57,6 +58,8 @@ def write_table(path, table):
 
 def expected_mean(table, depth, tag):
     """Return the mean excitation of a tag, whose column is selected by position."""
+    if table.columns[0] == "clip_id":
+        table = table.iloc[:, 2:]
     column = 2 + list(table.columns[2:]).index(tag)
     rows = [row for row in table.itertuples(index=False) if row[1] == depth and row[column]]
     return np.mean([row[0] for row in rows], axis=0)
@@ -107,7 +110,7 @@ def legend_of(figure):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".parquet"])
-@pytest.mark.parametrize("form", ["current", "published", "previous"])
+@pytest.mark.parametrize("form", ["current", "published", "previous", "reset"])
 def test_reads_exactly_the_named_file_in_every_form(run_until, tmp_path, capsys, form, suffix):
     table = make_table(form)
     path = write_table(tmp_path / f"some{suffix}", table)
@@ -134,6 +137,12 @@ def test_reads_earlier_tables_with_tags_named_like_columns(run_until, tmp_path):
     means = variables["means"][8]
     assert list(means.index) == ["ex", "depth", "loud"]
     np.testing.assert_allclose(means.loc["depth"], expected_mean(table, 8, "depth"), rtol=1e-5)
+
+
+def test_another_table_is_refused_by_name(run_until, tmp_path):
+    path = write_table(tmp_path / "some.pkl", make_table().drop(columns="depth"))
+    with pytest.raises(ValueError, match=r"some\.pkl: expected the columns ex and depth, then one"):
+        run_until("load", EXCITATIONS=path)
 
 
 def test_a_missing_table_is_named(run_until, tmp_path, monkeypatch):

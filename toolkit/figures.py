@@ -7,7 +7,7 @@ import io
 import math
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -332,15 +332,29 @@ def plot_taggram(
 
 def _savefig(figure: "Figure", file: str | Path | BinaryIO, **options) -> None:
     """Write a figure in fonts that have all of its characters, as far as any installed font has."""
-    from matplotlib import font_manager, rcParams
     from matplotlib.text import Text
 
     texts = figure.findobj(Text)
+    families = choose_fonts(text.get_text() for text in texts)
+    for text in texts:
+        text.set_fontfamily(families)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # said by choose_fonts
+        figure.savefig(file, **options)
+
+
+def choose_fonts(texts: Iterable[str]) -> list[str]:
+    """Return font families for Matplotlib that have the characters of texts.
+
+    The families are the default ones and as many installed fonts as are needed. If no installed
+    font has a character, a line names a font to install.
+    """
+    from matplotlib import font_manager, rcParams
+
     missing = {
         character
-        for text in texts
-        for character in text.get_text()
-        if not unicodedata.category(character).startswith(("C", "M", "Z"))  # not drawn on their own
+        for character in "".join(texts)
+        if unicodedata.category(character)[0] not in "CMZ"  # others are not drawn on their own
     }
     families = [*rcParams["font.family"]]
     has = _characters(font_manager.findfont(font_manager.FontProperties(family=families)))
@@ -353,11 +367,7 @@ def _savefig(figure: "Figure", file: str | Path | BinaryIO, **options) -> None:
             _say_once(f"no installed font has {''.join(sorted(missing)[:8])}: {_hint(missing)}")
             break
         families.append(name)
-    for text in texts:
-        text.set_fontfamily(families)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(file, **options)
+    return families
 
 
 @cache
