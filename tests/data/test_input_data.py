@@ -271,6 +271,28 @@ def test_reader_refuses_a_record_of_another_shape(tmp_path, clips, encodings, fo
     reader.close()
 
 
+@pytest.mark.parametrize("sample", [np.nan, -np.inf, 12345, -101])
+def test_samples_that_are_not_audio_are_named(tmp_path, sample):
+    """Shards of earlier builds may contain such samples."""
+    (tmp_path / "tfrecord").mkdir()
+    clips = [replace(clip, labels=np.eye(1, 50, dtype=np.uint8)[0]) for clip in make_clips(3)]
+    for clip in clips:
+        clip.segments[0, :2] = -100, 99
+    write_shard(tmp_path / "tfrecord" / TRAIN_SHARD, clips)
+    reader = SegmentReader(open_dataset(tmp_path))
+    reader.read(np.arange(6))
+    clips[2].segments[1, 70] = sample
+    path = tmp_path / "tfrecord" / TRAIN_SHARD
+    path.write_bytes(write_shard(tmp_path / TRAIN_SHARD, clips).read_bytes())  # the reader's file
+    test_path = write_shard(tmp_path / "tfrecord" / TEST_SHARD, clips)
+    expected = rf"clip 102 \(0/clip-2\.mp3\): sample {{}} is {sample:g}, expected at most 100"
+    with pytest.raises(ShardError, match=f"{path}: record 4: " + expected.format(70)):
+        reader.read(np.arange(6))
+    reader.close()
+    with pytest.raises(ShardError, match=f"{test_path}: record 2: " + expected.format(370)):
+        list(read_clips([test_path]))
+
+
 @pytest.mark.parametrize("num_threads", [1, 8])
 @pytest.mark.parametrize("batch_size", [1, 7, 23])
 def test_batches_follow_the_order(segments_dataset, num_threads, batch_size):
