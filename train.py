@@ -33,13 +33,13 @@ from toolkit.training.loop import compile_trainer, make_epoch
 from toolkit.training.options import Folders, IgnoredOptions, TrainingOptions
 from toolkit.training.stage import (
     Run,
-    StageState,
     epoch_writer,
     list_files,
     locked_folder,
     resume_optimizer,
     start_stage,
 )
+from toolkit.training.state import StageState
 from toolkit.training.validation import make_predictor, test_best, validate
 
 

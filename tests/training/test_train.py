@@ -19,7 +19,7 @@ from toolkit.models.config import NetworkConfig
 from toolkit.training import history
 from toolkit.training.loop import compile_trainer
 from toolkit.training.options import TrainingOptions
-from toolkit.training.stage import StageState
+from toolkit.training.state import StageState
 
 import matplotlib.image
 import numpy as np

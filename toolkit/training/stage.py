@@ -1,10 +1,9 @@
 """The state of a stage: start or resume a stage, and write the files of an epoch."""
 
-import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +18,10 @@ from toolkit.signals import StopRequest
 from toolkit.training.devices import Job
 from toolkit.training.history import HISTORY_NAME, EventLog, update_picture, write_history
 from toolkit.training.options import TrainingOptions
+from toolkit.training.state import RESUME_NAME, StageState, published_state, read_state
 
 if TYPE_CHECKING:
     import keras
-
-RESUME_NAME = "resume.keras"  # everything that is needed to continue after the last epoch
-TEST_NAME = "test.json"  # test scores of a finished stage's best checkpoint
 
 # Fields of NetworkConfig that published checkpoints do not record. The weights can be loaded with
 # any value of these fields.
@@ -58,43 +55,6 @@ class Run:
                 for path in self.train_dir.glob("*/[!.]*")
                 if path.suffix in (".keras", ".hdf5")
             ),
-        )
-
-
-@dataclass
-class StageState:
-    """Progress of a stage after its last finished epoch."""
-
-    epoch: int = -1
-    best_loss: float = math.inf
-    epochs_without_improvement: int = 0
-    finished: bool = False
-    history: list[dict] = field(default_factory=list)  # rows of training.csv
-
-    def update(self, epoch: int, val_loss: float, options: TrainingOptions) -> bool:
-        """Record the validation loss of an epoch.
-
-        Returns
-        -------
-        bool
-            Whether the loss is the lowest so far.
-        """
-        improved = val_loss < self.best_loss
-        self.epoch = epoch
-        self.best_loss = min(self.best_loss, val_loss)
-        self.epochs_without_improvement = 0 if improved else self.epochs_without_improvement + 1
-        self.finished = self.is_over(options)
-        return improved
-
-    def is_over(self, options: TrainingOptions) -> bool:
-        """Return whether the options end the stage after its last epoch.
-
-        Keras 2.0.5, which the published program used, ends training at the epoch after `patience`
-        epochs without improvement. Keras 2.0.9 changed that to one epoch earlier.
-        """
-        return (
-            self.epochs_without_improvement > options.patience
-            or self.epoch + 1 >= options.max_epochs
         )
 
 
@@ -190,13 +150,13 @@ def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
     checkpoint = _load_for(run, path)
     state = StageState()
     if own and own.suffix == ".hdf5":
-        state = _published_state(own)
+        state = published_state(own)
         run.job.say(
             f"stage {stage}: {own} has no training history: continuing from its weights at epoch "
             f"{state.epoch + 1}, with zero momentum"
         )
     elif own:
-        state = _read_state(checkpoint, own)
+        state = read_state(checkpoint, own)
         # The options may be stricter than those of the earlier run.
         state.finished |= state.is_over(run.options)
     if not state.finished:
@@ -252,27 +212,6 @@ def _apply_config(run: Run, checkpoint: Checkpoint, path: Path) -> None:
     network = build_network(run.config)
     network.set_weights(checkpoint.network.get_weights())
     checkpoint.network, checkpoint.config = network, run.config
-
-
-def _published_state(path: Path) -> StageState:
-    """Read the progress of a stage from the file name of a published checkpoint."""
-    epoch, loss = path.stem.removeprefix("ckpt-e").split("-l")
-    return StageState(epoch=int(epoch), best_loss=float(loss))
-
-
-def _read_state(checkpoint: Checkpoint, path: Path) -> StageState:
-    try:
-        state = StageState(**checkpoint.training["state"])
-        numbers = [state.epoch, state.best_loss, state.epochs_without_improvement]
-        numbers += [value for row in state.history for value in row.values()]
-        if not all(isinstance(value, int | float) for value in numbers):
-            raise TypeError
-        return state
-    except (AttributeError, KeyError, TypeError):
-        raise TrainingError(
-            f"{path}: has no training state, so the stage cannot resume from this file: to start a "
-            "stage from its weights, put the file in the folder of the previous stage"
-        ) from None
 
 
 def resume_optimizer(run: Run, stage: int, checkpoint: Checkpoint, trainer: "keras.Model") -> None:

@@ -9,7 +9,8 @@ from toolkit.evaluation import Scores, binary_crossentropy, score
 from toolkit.files import write_atomically
 from toolkit.models import checkpoints
 from toolkit.prediction import clip_mean, predict_split
-from toolkit.training.stage import TEST_NAME, Run
+from toolkit.training.stage import Run
+from toolkit.training.state import TEST_NAME
 
 import numpy as np
 
