@@ -10,6 +10,8 @@ record headers gives random access to the segments, so each epoch is perfectly s
 few batches in memory.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -34,6 +36,7 @@ from toolkit.data.manifest import (
 from toolkit.data.records import (
     decode_record,
     index_records,
+    read_checksums,
     read_record,
     read_records,
     read_segment,
@@ -186,6 +189,21 @@ def _tags_of_annotations(data_dir: Path, num_tags: int) -> tuple[str, ...]:
         f"{annotations_path}: no such file, but shards without a manifest do not name their "
         f"{num_tags} tags: copy the table that the shards were built from to this path"
     )
+
+
+def hash_dataset(dataset: Dataset) -> str:
+    """Return a hash that identifies the content of a dataset, as 64 hexadecimal digits.
+
+    The hash covers tags, sample rate, length of segments, and the names and record checksums of all
+    shards. It does not depend on path, time or package versions; the options of the build matter
+    through the records.
+    """
+    described = json.dumps([dataset.tags, dataset.sample_rate, dataset.num_samples])
+    digest = hashlib.sha256(described.encode())
+    for split in dataset.splits.values():
+        for path in split.shards:
+            digest.update(path.name.encode() + read_checksums(path))
+    return digest.hexdigest()
 
 
 # --- Clips ---------------------------------------------------------------------------------------

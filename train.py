@@ -31,10 +31,10 @@ from toolkit.training.devices import open_job
 from toolkit.training.hosts import run_process
 from toolkit.training.loop import compile_trainer, make_epoch
 from toolkit.training.options import Folders, IgnoredOptions, TrainingOptions
+from toolkit.training.run import compare_run
 from toolkit.training.stage import (
     Run,
     epoch_writer,
-    list_files,
     locked_folder,
     resume_optimizer,
     start_stage,
@@ -84,7 +84,7 @@ def train(
                 run.job.say(f"stage {stage}: already finished, best val_loss {state.best_loss:.4f}")
             else:
                 train_stage(run, stage, state, checkpoint)
-            tested = test_best(run, stage)
+            tested = test_best(run, stage, state)
             if tested is not None:
                 scores[stage] = tested
         run.job.say(f"{train_dir}: all {options.num_lr_decays} stages are finished")
@@ -143,8 +143,6 @@ def _prepared(
     data_dir: str | Path, train_dir: Path, config: NetworkConfig, options: TrainingOptions
 ) -> Iterator[Run]:
     """Open the dataset, the devices and the output folder; check that they are consistent."""
-    import keras
-
     dataset = open_dataset(data_dir)
     for split in ("train", "val"):
         if not dataset.splits[split].num_segments:
@@ -154,6 +152,10 @@ def _prepared(
     config = dataclasses.replace(
         config, num_tags=len(dataset.tags), num_samples=dataset.num_samples
     )
+    record = compare_run(train_dir, dataset, config, options)
+    backend.import_keras()
+    import keras
+
     with stop_on_signals() as stop, _open_segments(dataset, options) as segments:
         # Keras draws the seeds of new dropout layers, which must be the same on all hosts. NumPy's
         # seed, which Keras sets too, has 32 bits.
@@ -165,13 +167,17 @@ def _prepared(
                 "options", lambda: repr((options, config)), "run the same command on each"
             )
             job.check_batch_size(options.batch_size)
-            shards = [path for split in dataset.splits.values() for path in split.shards]
             job.check_same(
-                str(data_dir), lambda: list_files(shards), "use the same dataset on each"
+                str(data_dir), lambda: record.dataset_hash, "use the same dataset on each"
             )
             jit = job.choose_jit(options.jit, config.block)
-            job.say(job.describe(jit, options.mixed_precision))
+            device = job.describe(jit, options.mixed_precision)
+            job.say(device)
             with locked_folder(train_dir, job):
+                for change in record.changes:
+                    job.say(change)
+                if job.is_first:
+                    record.write(device)
                 yield Run(train_dir, dataset, segments, config, options, jit, job, stop)
 
 
@@ -222,7 +228,6 @@ def _run(arguments: argparse.Namespace) -> None:
             f"--initial-stage {options.initial_stage}: expected a stage from 0 to "
             f"{options.num_lr_decays - 1} (--num-lr-decays {options.num_lr_decays})"
         )
-    backend.import_keras()
     train(arguments.data_dir, arguments.train_dir, config, options)
 
 

@@ -137,7 +137,7 @@ def test_a_stage_has_patience_plus_one_epochs_after_its_best(tiny_dataset, tmp_p
 
 
 def test_files_and_history(trained):
-    assert names_in(trained) == [".lock", "0", "1", "training.png"]
+    assert names_in(trained) == [".lock", "0", "1", "run.json", "training.png"]
     for stage in (0, 1):
         rows = history_of(trained / str(stage))
         assert [row["epoch"] for row in rows] == [0, 1]

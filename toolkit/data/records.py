@@ -92,6 +92,15 @@ def index_records(path: str | Path) -> np.ndarray:
     return np.array(records, dtype=np.int64).reshape(-1, 2)
 
 
+def read_checksums(path: str | Path) -> bytes:
+    """Return the checksums that follow the records of a shard, without reading the records."""
+    index = index_records(path).tolist()
+    with open(path, "rb", buffering=0) as file:
+        return b"".join(
+            os.pread(file.fileno(), _FOOTER.size, start + length) for start, length in index
+        )
+
+
 def read_records(path: str | Path) -> Iterator[memoryview]:
     """Yield the records of a shard in order; their checksums are verified."""
     index = index_records(path)

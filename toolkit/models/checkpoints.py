@@ -163,7 +163,7 @@ def _load_keras(path: Path) -> Checkpoint:
     from model import build_network
 
     where = f"{path}: {_DESCRIPTION_NAME}"
-    description = _read_description(path, where)
+    description = read_description(path)
     config, tags, sample_rate = check_description(description, where)
     training = description.get("training", {})
     if not isinstance(training, dict):
@@ -240,7 +240,9 @@ def _invalid(where: str, name: str, found: object, expected: str) -> CheckpointE
     return CheckpointError(f"{where}: {name} is {reprlib.repr(found)}: expected {expected}")
 
 
-def _read_description(path: Path, where: str) -> dict:
+def read_description(path: Path) -> dict:
+    """Read the description that `save` added to a ``.keras`` file, without building the network."""
+    where = f"{path}: {_DESCRIPTION_NAME}"
     content = _read_member(path, _DESCRIPTION_NAME, _MAX_DESCRIPTION_BYTES)
     try:
         description = json.loads(content)

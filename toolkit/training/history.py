@@ -69,19 +69,25 @@ class EventLog:
         Folder of the stage.
     history : list of dict
         Rows of the epochs so far. Rows that are missing from the folder's event files are written,
-        because an earlier run may have been killed before it wrote them.
+        because an earlier run may have been killed before it wrote them. Event files with epochs
+        that will be trained again are deleted.
     """
 
     def __init__(self, stage_dir: Path, history: list[dict]):
         from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        paths = list(stage_dir.glob("events.out.tfevents.*"))
         written = {
             event.step
-            for path in stage_dir.glob("events.out.tfevents.*")
+            for path in paths
             for event in EventFileLoader(str(path)).Load()
             if event.HasField("summary")
         }
+        if written - {row["epoch"] for row in history}:
+            written = set()
+            for path in paths:
+                path.unlink()
         self._writer = EventFileWriter(str(stage_dir))
         for row in history:
             if row["epoch"] not in written:

@@ -18,7 +18,16 @@ from toolkit.signals import StopRequest
 from toolkit.training.devices import Job
 from toolkit.training.history import HISTORY_NAME, EventLog, update_picture, write_history
 from toolkit.training.options import TrainingOptions
-from toolkit.training.state import RESUME_NAME, StageState, published_state, read_state
+from toolkit.training.state import (
+    RESUME_NAME,
+    StageState,
+    best_checkpoint,
+    delete_stage,
+    find_state,
+    list_stages,
+)
+
+import numpy as np
 
 if TYPE_CHECKING:
     import keras
@@ -116,11 +125,12 @@ def list_files(paths: Iterable[Path]) -> str:
 
 
 def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
-    """Find where a stage starts.
+    """Load the network with which a stage starts or continues.
 
-    A stage resumes from its last epoch (``resume.keras``) or, without this file, from its best
+    A stage continues from its last epoch (``resume.keras``) or, without this file, from its best
     checkpoint. A new stage starts from the best checkpoint of the previous stage, but a new stage 0
-    starts from initial weights.
+    starts from initial weights. If a stage continues, the files of later stages are deleted,
+    because these stages started from its best checkpoint so far.
 
     Returns
     -------
@@ -139,42 +149,59 @@ def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
 
     run.check_folder()
     stage_dir = run.stage_dir(stage)
-    own = stage_dir / RESUME_NAME
-    if not own.exists():
-        own = checkpoints.find_best(stage_dir)
+    own, state = find_state(stage_dir, run.options)
     if own is None and stage == 0:
         network = build_network(run.config, run.options.seed)
         dataset = run.dataset
         return StageState(), Checkpoint(network, run.config, dataset.tags, dataset.sample_rate)
-    path = own or _previous_best(run, stage)
-    checkpoint = _load_for(run, path)
-    state = StageState()
-    if own and own.suffix == ".hdf5":
-        state = published_state(own)
-        run.job.say(
-            f"stage {stage}: {own} has no training history: continuing from its weights at epoch "
-            f"{state.epoch + 1}, with zero momentum"
+    if own is None:
+        path, state = _previous_best(run, stage)
+        checkpoint = _load_for(run, path)
+        _apply_config(run, checkpoint)
+        return state, checkpoint
+    checkpoint = _load_for(run, own)
+    if state is None:
+        raise TrainingError(
+            f"{own}: has no training state, so the stage cannot resume from this file: to start a "
+            "stage from its weights, put the file in the folder of the previous stage"
         )
-    elif own:
-        state = read_state(checkpoint, own)
-        # The options may be stricter than those of the earlier run.
-        state.finished |= state.is_over(run.options)
     if not state.finished:
-        _apply_config(run, checkpoint, path)
+        if own.name != RESUME_NAME:
+            run.job.say(
+                f"stage {stage}: {stage_dir} has no {RESUME_NAME}: continuing from {own.name} at "
+                f"epoch {state.epoch + 1}, with zero momentum"
+            )
+        elif state.epochs_without_improvement:
+            best_checkpoint(stage_dir, state)  # raise before training, not after it
+        _apply_config(run, checkpoint)
+        _delete_later(run, stage, checkpoint)
     if state.history:
         run.job.write(checkpoint.network, lambda: _complete_files(run, stage, state, checkpoint))
     return state, checkpoint
 
 
-def _previous_best(run: Run, stage: int) -> Path:
+def _previous_best(run: Run, stage: int) -> tuple[Path, StageState]:
+    """Return the checkpoint from which a new stage starts, and the state of the new stage."""
     previous_dir = run.stage_dir(stage - 1)
-    best = checkpoints.find_best(previous_dir)
-    if best is None:
+    if checkpoints.find_best(previous_dir) is None:
         raise UsageError(
             f"stage {stage} starts from the best checkpoint of stage {stage - 1}, and "
             f"{previous_dir} has none: use --initial-stage {stage - 1}"
         )
-    return best
+    previous = find_state(previous_dir, run.options)[1]
+    path = best_checkpoint(previous_dir, previous)
+    return path, StageState(start_loss=previous.best_loss if previous else None)
+
+
+def _delete_later(run: Run, stage: int, checkpoint: Checkpoint) -> None:
+    later = [run.stage_dir(number) for number in list_stages(run.train_dir) if number > stage]
+    if later:
+        names = ", ".join(map(str, later))
+        run.job.say(
+            f"stage {stage}: training continues: {names}: trained from its earlier best "
+            "checkpoint, deleted"
+        )
+        run.job.write(checkpoint.network, lambda: [delete_stage(folder) for folder in later])
 
 
 def _load_for(run: Run, path: Path) -> Checkpoint:
@@ -195,20 +222,12 @@ def _load_for(run: Run, path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _apply_config(run: Run, checkpoint: Checkpoint, path: Path) -> None:
+def _apply_config(run: Run, checkpoint: Checkpoint) -> None:
     """Rebuild a checkpoint's network if dropout or weight decay have changed."""
     from model import build_network
 
     if checkpoint.config == run.config:
         return
-    if path.suffix != ".hdf5":
-        for name in sorted(_CHANGEABLE):
-            before, now = getattr(checkpoint.config, name), getattr(run.config, name)
-            if before != now:
-                run.job.say(
-                    f"{path}: was trained with --{name.replace('_', '-')} {before:g}, continuing "
-                    f"with {now:g}"
-                )
     network = build_network(run.config)
     network.set_weights(checkpoint.network.get_weights())
     checkpoint.network, checkpoint.config = network, run.config
@@ -257,6 +276,13 @@ def epoch_writer(
         events.write(state.history[-1])
 
     def write_epoch(state: StageState) -> None:
+        # A finite loss does not exclude it: batch normalisation divides by infinite variances.
+        weights = checkpoint.network.get_weights()
+        if not run.job.of_first(all(np.isfinite(array).all() for array in weights)):
+            raise TrainingError(
+                f"weights are NaN or infinite after epoch {state.epoch}: a lower --lr may help; "
+                "the best checkpoint is kept"
+            )
         options = asdict(run.options)
         checkpoint.training = {"stage": stage, "state": asdict(state), "options": options}
         run.job.write(checkpoint.network, lambda: write_files(state))

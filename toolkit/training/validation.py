@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit.errors import TrainingError
@@ -10,7 +11,7 @@ from toolkit.files import write_atomically
 from toolkit.models import checkpoints
 from toolkit.prediction import clip_mean, predict_split
 from toolkit.training.stage import Run
-from toolkit.training.state import TEST_NAME
+from toolkit.training.state import TEST_NAME, StageState, best_checkpoint
 
 import numpy as np
 
@@ -58,22 +59,27 @@ def validate(run: Run, network: "keras.Model", predictor) -> tuple[float, Scores
     return run.job.of_first(loss), _score_clips(labels, predictions)
 
 
-def test_best(run: Run, stage: int) -> Scores | None:
+def test_best(run: Run, stage: int, state: StageState) -> Scores | None:
     """Score a stage's best checkpoint on the test clips and write ``test.json``.
 
     Returns
     -------
     Scores or None
-        None if the stage was tested before, or if the dataset has no test shards.
+        None if this checkpoint was tested before, or if the dataset has no test shards.
+
+    Raises
+    ------
+    TrainingError
+        The best checkpoint is missing.
     """
     job, path = run.job, run.stage_dir(stage) / TEST_NAME
     run.check_folder()  # wait until all hosts see the best checkpoint
-    if job.of_first(path.exists()):
+    if job.of_first(state.is_best(_tested_checkpoint(path))):
         return None
     if not run.dataset.splits["test"].shards:
         job.say(f"stage {stage}: no test shards: test skipped")
         return None
-    best = checkpoints.find_best(run.stage_dir(stage))
+    best = best_checkpoint(run.stage_dir(stage), state)
     network = checkpoints.load(best).network
     network.compile(jit_compile=run.jit)
     labels, predictions = _predict_split(run, make_predictor(run, network), "test", "testing")
@@ -89,6 +95,13 @@ def test_best(run: Run, stage: int) -> Scores | None:
         f"PR AUC {scores.macro_pr_auc:.4f}"
     )
     return scores
+
+
+def _tested_checkpoint(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text())["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _or_null(value: float) -> float | None:
