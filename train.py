@@ -174,8 +174,8 @@ def _prepared(
             device = job.describe(jit, options.mixed_precision)
             job.say(device)
             with locked_folder(train_dir, job):
-                for change in record.changes:
-                    job.say(change)
+                for line in record.lines(device):
+                    job.say(line)
                 if job.is_first:
                     record.write(device)
                 yield Run(train_dir, dataset, segments, config, options, jit, job, stop)

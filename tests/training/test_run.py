@@ -42,12 +42,16 @@ def record_of(log):
 # --- The record ----------------------------------------------------------------------------------
 
 
-def test_record_describes_the_training_and_each_call(tiny_dataset, log):
+def test_record_describes_the_training_and_each_call(tiny_dataset, log, capsys):
+    record = record_of(log)
+    record["calls"][0]["device"] = "JAX backend on H200"
+    (log / "run.json").write_text(json.dumps(record))
     assert train.main(arguments(tiny_dataset, log, *TWO_STAGES, "--num-read-threads", 2)) == 0
     record = record_of(log)
     assert record["dataset"]["path"] == str(tiny_dataset)
     assert (record["network"]["block"], record["options"]["lr"]) == ("basic", 0.05)
     first, second = record["calls"]
+    assert "the last call used JAX backend on H200: results differ" in capsys.readouterr().err
     assert first["changes"] == []
     assert second["changes"] == [
         "--num-read-threads was 8, now 2: used from now on; results stay the same"
@@ -95,7 +99,6 @@ def test_another_dataset_is_refused_and_a_moved_one_is_not(tiny_dataset, log, tm
         (("--lr", 0.3), "--lr was 0.05, now 0.3: all stages are finished, so no stage would use"),
         (("--seed", 4), "--seed was 3, now 4: all stages are finished"),
         (("--mixed-precision",), "--mixed-precision was off, now on: all stages are finished"),
-        (("--no-multi",), "--no-multi was off, now on: "),
         (("--initializer", "he"), "--initializer was published, now he: "),
     ],
 )
@@ -136,7 +139,7 @@ def test_finished_training_goes_on_and_later_stages_are_trained_again(tiny_datas
     said = capsys.readouterr().err
     assert "--max-epochs was 2, now 3: used from now on\n" in said
     assert "--dropout was 0.5, now 0: used from the next epoch\n" in said
-    later = f"{log / '1'}: trained from its earlier best checkpoint, deleted\n"
+    later = f"deleting {log / '1'}, trained from its earlier best checkpoint\n"
     assert f"stage 0: training continues: {later}" in said
     assert said.index(later) < said.index("stage 0: learning rate 0.05, from epoch 2\n")
     assert [len(history_of(log / stage)) for stage in "01"] == [3, 3]

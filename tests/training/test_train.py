@@ -288,8 +288,9 @@ def test_without_test_shards_no_stage_is_tested(tiny_dataset, log, tmp_path, cap
     manifest["splits"]["test"] = {"clips": 0, "segments": 0, "shards": []}
     path.write_text(json.dumps(manifest))
     (log / "0" / "test.json").unlink()
+    (log / "run.json").unlink()  # the record of a training with test shards
     config = NetworkConfig(block="basic", init_features=2)
-    options = TrainingOptions(batch_size=4, num_lr_decays=1, max_epochs=2, jit="off")
+    options = TrainingOptions(4, lr=0.05, seed=3, num_lr_decays=1, max_epochs=2, jit="off")
     assert train.train(data_dir, log, config, options) == {}
     assert "stage 0: no test shards: test skipped" in capsys.readouterr().err
     assert not (log / "0" / "test.json").exists()
@@ -305,12 +306,13 @@ def start(tiny_dataset, train_dir, stage, *more, max_epochs=3):
     return train.main(arguments(tiny_dataset, train_dir, *options))
 
 
-def edit_state(log, **changes):
-    """Change the state in stage 0's resume.keras, and delete stage 1."""
+def edit_state(log, max_epochs=2, **changes):
+    """Change state and option in stage 0's resume.keras, and delete stage 1."""
     shutil.rmtree(log / "1")
     path = log / "0" / "resume.keras"
     checkpoint = checkpoints.load(path)
     checkpoint.training["state"] |= changes
+    checkpoint.training["options"]["max_epochs"] = max_epochs
     trainer = compile_trainer(checkpoint.network, TrainingOptions(lr=0.05), stage=0, jit=False)
     checkpoints.load_optimizer(path, trainer)
     save(path, checkpoint, trainer)
@@ -378,9 +380,9 @@ def test_a_history_cut_short_is_completed(tiny_dataset, trained, log):
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        (("--block", "se"), "block 'basic', now 'se'"),
-        (("--init-features", 4), "init_features 2, now 4"),
-        (("--no-multi",), "multi True, now False"),
+        (("--block", "se"), "--block was basic, now se: "),
+        (("--init-features", 4), "--init-features was 2, now 4: "),
+        (("--no-multi",), "--no-multi was off, now on: "),
     ],
 )
 def test_another_network_is_refused(tiny_dataset, trained, capsys, more, part):
@@ -398,13 +400,14 @@ def test_dropout_and_weight_decay_may_change(tiny_dataset, trained, log, capsys)
     changed = ("--dropout", 0, "--weight-decay", 0.1)
     assert start(tiny_dataset, log, 0, *changed) == 0
     resumed = capsys.readouterr().err
-    shutil.rmtree(log / "0")
-    shutil.copytree(trained / "0", log / "0")
+    shutil.rmtree(log)
+    shutil.copytree(trained, log)
+    shutil.rmtree(log / "1")
     assert start(tiny_dataset, log, 1, *changed, max_epochs=1) == 0
     started = capsys.readouterr().err
-    for said, path in ((resumed, log / "0" / "resume.keras"), (started, find_best(log / "0"))):
-        assert f"{path}: was trained with --dropout 0.5, continuing with 0\n" in said
-        assert f"{path}: was trained with --weight-decay 0, continuing with 0.1\n" in said
+    for said in (resumed, started):
+        assert "--dropout was 0.5, now 0: used from the next epoch\n" in said
+        assert "--weight-decay was 0, now 0.1: used from the next epoch\n" in said
     assert "stage 0: learning rate 0.05, from epoch 2\n" in resumed
     best = find_best(log / "1")
     config = checkpoints.load(best).config
@@ -445,7 +448,7 @@ def test_published_log_folder(golden, tmp_path, capsys):
     assert train.main(arguments(tmp_path / "data", log, *options, "--num-lr-decays", 1)) == 0
     said = capsys.readouterr().err
     assert (
-        f"stage 0: {published} has no training history: continuing from its weights at epoch 4, "
+        f"stage 0: {log / '0'} has no resume.keras: continuing from {published.name} at epoch 4, "
         "with zero momentum\n"
     ) in said
     (row,) = history_of(log / "0")
@@ -470,14 +473,14 @@ def test_a_converted_model_cannot_resume_its_stage(tiny_dataset, tmp_path, capsy
     [
         # Options that are stricter than those of the earlier run.
         ({"finished": False}, ("--max-epochs", 1)),
-        ({"finished": False, "epochs_without_improvement": 2}, ("--patience", 1)),
+        ({"finished": False, "epoch": 3, "epochs_without_improvement": 2}, ("--patience", 1)),
         # Finished by a version whose --patience 2 ended a stage one epoch earlier.
-        ({"finished": True, "epochs_without_improvement": 2}, ("--patience", 2)),
+        ({"finished": True, "epoch": 3, "epochs_without_improvement": 2}, ("--patience", 2)),
     ],
 )
 def test_a_stage_that_is_over_trains_no_more(tiny_dataset, trained, log, capsys, state, options):
-    edit_state(log, **state)
-    options = ("--num-lr-decays", 1, "--max-epochs", 3, "--lr", 0.05, *options)
+    edit_state(log, max_epochs=9, **state)
+    options = ("--num-lr-decays", 1, "--max-epochs", 9, "--lr", 0.05, "--seed", 3, *options)
     assert train.main(arguments(tiny_dataset, log, *options)) == 0
     assert "stage 0: already finished" in capsys.readouterr().err
     assert history_of(log / "0") == history_of(trained / "0")

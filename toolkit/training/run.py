@@ -69,8 +69,16 @@ class RunRecord:
     def dataset_hash(self) -> str:
         return self.content["dataset"]["sha256"]
 
+    def lines(self, device: str) -> list[str]:
+        """Return the lines to print; `device` describes the backend and devices of this call."""
+        lines = list(self.changes)
+        before = self.content["calls"][-1:]
+        if before and before[0].get("device") != device:
+            lines.append(f"the last call used {before[0].get('device')}: results differ by rounding")
+        return lines
+
     def write(self, device: str) -> None:
-        """Write the record; `device` describes the backend and the devices of this call."""
+        """Write the record."""
         import keras
 
         backend = sys.modules[keras.backend.backend()]

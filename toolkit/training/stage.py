@@ -183,12 +183,12 @@ def start_stage(run: Run, stage: int) -> tuple[StageState, Checkpoint]:
 def _previous_best(run: Run, stage: int) -> tuple[Path, StageState]:
     """Return the checkpoint from which a new stage starts, and the state of the new stage."""
     previous_dir = run.stage_dir(stage - 1)
-    if checkpoints.find_best(previous_dir) is None:
+    found, previous = find_state(previous_dir, run.options)
+    if found is None:
         raise UsageError(
             f"stage {stage} starts from the best checkpoint of stage {stage - 1}, and "
             f"{previous_dir} has none: use --initial-stage {stage - 1}"
         )
-    previous = find_state(previous_dir, run.options)[1]
     path = best_checkpoint(previous_dir, previous)
     return path, StageState(start_loss=previous.best_loss if previous else None)
 
@@ -198,8 +198,8 @@ def _delete_later(run: Run, stage: int, checkpoint: Checkpoint) -> None:
     if later:
         names = ", ".join(map(str, later))
         run.job.say(
-            f"stage {stage}: training continues: {names}: trained from its earlier best "
-            "checkpoint, deleted"
+            f"stage {stage}: training continues: deleting {names}, trained from its earlier best "
+            "checkpoint"
         )
         run.job.write(checkpoint.network, lambda: [delete_stage(folder) for folder in later])
 

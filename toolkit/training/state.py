@@ -112,10 +112,10 @@ def find_state(stage_dir: Path, options: TrainingOptions) -> tuple[Path | None, 
         # A stage that had ended, as its training.csv shows, no longer needs resume.keras.
         with suppress(OSError, ValueError, TypeError, KeyError, IndexError):
             rows = read_history(stage_dir / HISTORY_NAME)
-            last = int(rows[-1]["epoch"])
-            worse = max(0, last - state.epoch)
-            ended = replace(state, epoch=last, epochs_without_improvement=worse, history=rows)
-            if worse and ended.is_over(options):
+            last, best = int(rows[-1]["epoch"]), min(rows, key=lambda row: row["val_loss"])
+            num_worse = last - state.epoch
+            ended = replace(state, epoch=last, epochs_without_improvement=num_worse, history=rows)
+            if best["epoch"] == state.epoch and ended.is_over(options):
                 state = ended
     state.decide(options, training.get("options", {}))
     return path, state
