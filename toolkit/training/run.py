@@ -74,7 +74,8 @@ class RunRecord:
         lines = list(self.changes)
         before = self.content["calls"][-1:]
         if before and before[0].get("device") != device:
-            lines.append(f"the last call used {before[0].get('device')}: results differ by rounding")
+            device = before[0].get("device")
+            lines.append(f"the last call used {device}: results differ by rounding")
         return lines
 
     def write(self, device: str) -> None:
