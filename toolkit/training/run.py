@@ -20,7 +20,7 @@ from toolkit.files import write_atomically
 from toolkit.models import checkpoints
 from toolkit.models.config import NetworkConfig
 from toolkit.training.options import TrainingOptions
-from toolkit.training.state import RESUME_NAME, check_stages, list_stages
+from toolkit.training.state import check_stages, last_file, list_stages
 
 RECORD_NAME = "run.json"
 _FORMAT = 1
@@ -158,9 +158,7 @@ def _read_record(path: Path) -> dict:
 
 def _describe_stage(stage_dir: Path) -> dict:
     """Describe a training of an earlier version, which has no record, by its last stage."""
-    path = stage_dir / RESUME_NAME
-    if not path.exists():
-        path = checkpoints.find_best(stage_dir)
+    path = last_file(stage_dir)
     if path.suffix == ".hdf5":
         return {}
     description = checkpoints.read_description(path)

@@ -1,4 +1,4 @@
-"""The state of a stage: start or resume a stage, and write the files of an epoch."""
+"""Start or resume a stage, and write the files of an epoch."""
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator

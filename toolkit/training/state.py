@@ -77,6 +77,12 @@ class StageState:
 # --- Finding the stages of a folder --------------------------------------------------------------
 
 
+def last_file(stage_dir: Path) -> Path | None:
+    """Return ``resume.keras`` or, without this file, the best checkpoint of a stage, if any."""
+    path = stage_dir / RESUME_NAME
+    return path if path.exists() else checkpoints.find_best(stage_dir)
+
+
 def find_state(stage_dir: Path, options: TrainingOptions) -> tuple[Path | None, StageState | None]:
     """Find where a stage continues.
 
@@ -97,9 +103,7 @@ def find_state(stage_dir: Path, options: TrainingOptions) -> tuple[Path | None, 
     state : StageState or None
         Progress of the stage; None if the file contains none.
     """
-    path = stage_dir / RESUME_NAME
-    if not path.exists():
-        path = checkpoints.find_best(stage_dir)
+    path = last_file(stage_dir)
     if path is None:
         return None, None
     if path.suffix == ".hdf5":
@@ -196,11 +200,7 @@ def best_checkpoint(stage_dir: Path, state: StageState | None) -> Path:
 def list_stages(train_dir: Path) -> list[int]:
     """Return the numbers of the stages that have a checkpoint or ``resume.keras``."""
     folders = [path for path in train_dir.glob("*/") if path.name.isdecimal()]
-    return sorted(
-        int(path.name)
-        for path in folders
-        if (path / RESUME_NAME).exists() or checkpoints.find_best(path)
-    )
+    return sorted(int(path.name) for path in folders if last_file(path))
 
 
 def delete_stage(stage_dir: Path) -> None:
