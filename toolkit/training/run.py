@@ -150,10 +150,7 @@ def _read_record(path: Path) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
         if all(isinstance(record[name], kind) for name, kind in parts.items()):
             return record
-    raise UsageError(
-        f"{path}: not a record of a training: restore the file, or delete it to continue without "
-        "comparing the options"
-    )
+    raise UsageError(f"{path}: not a record of a training: restore or delete the file")
 
 
 def _describe_stage(stage_dir: Path) -> dict:
