@@ -1,10 +1,13 @@
 """Small training runs that several tests use."""
 
 import csv
+import shutil
 
 import train
 from input_data import open_dataset, read_clips
 from toolkit.models import checkpoints
+from toolkit.training.loop import compile_trainer
+from toolkit.training.options import TrainingOptions
 
 import numpy as np
 
@@ -52,6 +55,18 @@ def assert_same_runs(log, other):
         assert names_in(log / stage) == names_in(other / stage)
         for row, expected in zip(history_of(log / stage), history_of(other / stage), strict=True):
             assert row | {"seconds": 0} == expected | {"seconds": 0}
+
+
+def edit_state(log, max_epochs=2, **changes):
+    """Change state and option in stage 0's resume.keras, and delete stage 1."""
+    shutil.rmtree(log / "1")
+    path = log / "0" / "resume.keras"
+    checkpoint = checkpoints.load(path)
+    checkpoint.training["state"] |= changes
+    checkpoint.training["options"]["max_epochs"] = max_epochs
+    trainer = compile_trainer(checkpoint.network, TrainingOptions(lr=0.05), stage=0, jit=False)
+    checkpoints.load_optimizer(path, trainer)
+    checkpoints.save(path, checkpoint, trainer)
 
 
 def predict_validation(path, data_dir):

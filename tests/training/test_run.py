@@ -11,6 +11,7 @@ import train
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import find_best
 from toolkit.models.config import NetworkConfig
+from toolkit.training.history import write_history
 from toolkit.training.options import TrainingOptions
 from toolkit.training.run import CHANGES
 
@@ -21,6 +22,7 @@ from training_runs import (
     ONE_EPOCH,
     TWO_STAGES,
     arguments,
+    edit_state,
     history_of,
     names_in,
 )
@@ -182,15 +184,15 @@ def test_deleting_what_is_no_longer_needed_is_harmless(tiny_dataset, trained, lo
     assert history_of(log / "1") == history_of(trained / "1")
 
 
-def make_first_epoch_best(log, stage="0"):
-    """Change a stage of two epochs as if its second epoch had not improved."""
-    path = log / stage / "resume.keras"
-    from test_train import edit_state
-
+def make_first_epoch_best(log):
+    """Change stage 0 as if its second epoch had not improved, and delete stage 1."""
+    path = log / "0" / "resume.keras"
     rows = checkpoints.load(path).training["state"]["history"]
-    (worst,) = (log / stage).glob("ckpt-e001-*")
-    worst.unlink()
-    edit_state(log, best_loss=rows[0]["val_loss"], epochs_without_improvement=1)
+    (improved,) = (log / "0").glob("ckpt-e001-*")
+    improved.unlink()
+    rows[1]["val_loss"] = 0.99
+    write_history(log / "0" / "training.csv", rows)
+    edit_state(log, best_loss=rows[0]["val_loss"], epochs_without_improvement=1, history=rows)
 
 
 def test_missing_best_checkpoint_is_named(tiny_dataset, log, capsys):

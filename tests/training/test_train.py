@@ -31,6 +31,7 @@ from training_runs import (
     TWO_STAGES,
     arguments,
     assert_same_weights,
+    edit_state,
     history_of,
     names_in,
     predict_validation,
@@ -304,18 +305,6 @@ def start(tiny_dataset, train_dir, stage, *more, max_epochs=3):
     stages = ("--num-lr-decays", stage + 1, "--initial-stage", stage, "--max-epochs", max_epochs)
     options = (*stages, "--lr", 0.05, "--seed", 3, *more)
     return train.main(arguments(tiny_dataset, train_dir, *options))
-
-
-def edit_state(log, max_epochs=2, **changes):
-    """Change state and option in stage 0's resume.keras, and delete stage 1."""
-    shutil.rmtree(log / "1")
-    path = log / "0" / "resume.keras"
-    checkpoint = checkpoints.load(path)
-    checkpoint.training["state"] |= changes
-    checkpoint.training["options"]["max_epochs"] = max_epochs
-    trainer = compile_trainer(checkpoint.network, TrainingOptions(lr=0.05), stage=0, jit=False)
-    checkpoints.load_optimizer(path, trainer)
-    save(path, checkpoint, trainer)
 
 
 def test_finished_stages_are_skipped(tiny_dataset, log, capsys):
