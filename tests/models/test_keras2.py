@@ -98,6 +98,33 @@ def test_weights_only_file_is_read(golden, tmp_path):
     assert_same_weights(loaded.network, expected.network)
 
 
+def saved_again(file):
+    """Rename scopes as Keras 2 does when a process saves a model that it has loaded.
+
+    The second convolution of a block gets the scope of the first one in another network.
+    """
+    for layer, group in file["model_weights"].items():
+        for scope in list(group):
+            group.move(scope, f"{layer}_1" if layer != "conv1d_4" else "conv1d_3")
+
+
+def saved_by_tf_1_13(file):
+    for layer in list(file["model_weights"]):
+        if layer.startswith("batch_normalization"):
+            name = layer.replace("batch_normalization", "batch_normalization_v1")
+            file["model_weights"].move(layer, name)
+
+
+@pytest.mark.parametrize("rename", [saved_again, saved_by_tf_1_13])
+def test_files_of_other_programs_have_other_names(golden, tmp_path, rename):
+    path = Path(shutil.copy(golden / "checkpoints" / "rese-multi.hdf5", tmp_path / "renamed.hdf5"))
+    with h5py.File(path, "r+") as file:
+        rename(file)
+    loaded, expected = load(path), published_checkpoint("rese-multi")
+    assert loaded.config == expected.config
+    assert_same_weights(loaded.network, expected.network)
+
+
 def test_number_of_tags_is_inferred(golden, old_file):
     with h5py.File(old_file, "r+") as file:
         layer = file["model_weights/dense_20/dense_20"]
@@ -156,8 +183,14 @@ def test_other_kernel_shape_is_refused(old_file):
 
 def test_unknown_layer_name_is_refused(old_file):
     with h5py.File(old_file, "r+") as file:
-        file["model_weights"].move("conv1d_3/conv1d_3", "conv1d_3/my_conv")
+        file["model_weights"].move("conv1d_3", "my_conv")
     assert_refused(old_file, "'my_conv'", "expected a name such as conv1d_3")
+
+
+def test_two_layers_of_one_number_are_refused(old_file):
+    with h5py.File(old_file, "r+") as file:
+        file["model_weights"].move("batch_normalization_4", "batch_normalization_v1_5")
+    assert_refused(old_file, "batch_normalization_5", "batch_normalization_v1_5", "have one number")
 
 
 def test_nan_is_refused(old_file):

@@ -5,6 +5,7 @@ are matched by the order in which they were created.
 """
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 from toolkit.blocks import BLOCKS, CONVOLUTIONS, SE, WIDTHS, Block
@@ -63,10 +64,12 @@ def _layer_arrays(datasets: dict, path: Path) -> dict[str, list]:
     """Group the arrays of a file by layer, each kind of layer in order of creation."""
     layers = {}
     for place, dataset in datasets.items():
-        *groups, weight = place.split("/")
-        if "optimizer_weights" in groups:
+        layer, *scopes = place.removeprefix("model_weights/").split("/")
+        if layer == "optimizer_weights":
             continue
-        layer, weight = groups[-1] if groups else "", re.sub(r":\d+$", "", weight)
+        # Keras 2 renames the scopes, but not the layer, when a model is saved again in the process
+        # that loaded it: conv1d_9/conv1d_9_1/kernel:0. Only the layer gives the order.
+        weight = re.sub(r":\d+$", "", scopes[-1]) if scopes else ""
         if weight in layers.setdefault(layer, {}):
             raise CheckpointError(f"{path}: layer {layer!r} has two arrays {weight!r}")
         layers[layer][weight] = dataset
@@ -86,6 +89,11 @@ def _layer_arrays(datasets: dict, path: Path) -> dict[str, list]:
     try:
         for found in arrays.values():
             found.sort(key=lambda entry: _creation_order(entry[0]))
+            for (before, _), (layer, _) in pairwise(found):
+                if _creation_order(before) == _creation_order(layer):
+                    raise CheckpointError(
+                        f"{path}: layers {before!r} and {layer!r} have one number"
+                    )
     except ValueError as error:
         raise CheckpointError(
             f"{path}: a layer is named {error}: expected a name such as conv1d_3 or block3_conv1"
@@ -97,10 +105,11 @@ def _creation_order(layer: str) -> tuple[int, int]:
     """Return a key that sorts layers of one kind by creation.
 
     A Keras 2 file lists layers by depth, which swaps the equal-shaped convolutions of residual
-    blocks. Keras numbers automatic names in order of creation. Names given by `model.build_network`
-    contain the layer's place.
+    blocks. Keras numbers automatic names in order of creation; tf.keras 1.13 adds a version
+    (``batch_normalization_v1_3``). Names given by `model.build_network` contain the layer's place.
     """
-    if match := re.fullmatch(r"(?:conv1d|dense|batch_normalization)(?:_(\d+))?", layer):
+    match = re.fullmatch(r"(?:conv1d|dense|batch_normalization)(?:_v\d+)?(?:_(\d+))?", layer)
+    if match:
         return int(match[1] or 0), 0
     match = re.fullmatch(r"(?:block(\d)_)?(\w+?)(?:_bn)?", layer)
     places = ("conv0", *CONVOLUTIONS, *SE, "hidden", "tags")
