@@ -162,7 +162,9 @@ class _Graph:
         if len(shape) == 2 and 1 in shape:  # (B, N) -> (B, 1, N), or (B, C) -> (B, C, 1)
             axis = 1 if shape[1] == 1 else 2
             axes = self.array(f"{layer.name}/axes", np.array([axis], np.int64))
-            return self.node("Unsqueeze", [*inputs, axes], layer.name)
+            # Not the layer's name: ONNX Runtime's quantiser gives a tensor block0_se a scale
+            # named block0_se_scale, which is the name of a layer.
+            return self.node("Unsqueeze", [*inputs, axes], f"{layer.name}/unsqueezed")
         raise ExportError(f"layer {layer.name}: no ONNX operator for this reshape to {shape}")
 
     def _getitem(self, layer, inputs):
