@@ -16,6 +16,7 @@ from input_data import Clip, open_dataset
 from toolkit import cli, messages
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.evaluation import CONFIDENCE, Resamples, Scores, bootstrap, interval, score
+from toolkit.models.tags import read_tags
 from toolkit.prediction import (
     DEFAULT_BATCH_SIZE,
     clip_mean,
@@ -29,7 +30,10 @@ import numpy as np
 
 
 def evaluate(
-    model_path: str | Path, data_dir: str | Path, batch_size: int = DEFAULT_BATCH_SIZE
+    model_path: str | Path,
+    data_dir: str | Path,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    tags_path: str | Path | None = None,
 ) -> tuple[tuple[str, ...], list[Clip], np.ndarray, Scores]:
     """Predict the tags of the test clips and score the predictions.
 
@@ -41,6 +45,8 @@ def evaluate(
         Folder of the dataset.
     batch_size : int
         Segments per batch.
+    tags_path : str or Path or None
+        File that names the tags of the model (see `toolkit.prediction.load_for_dataset`).
 
     Returns
     -------
@@ -61,7 +67,7 @@ def evaluate(
     dataset = open_dataset(data_dir)
     if not dataset.splits["test"].num_clips:
         raise UsageError(f"{data_dir}: no test clips to evaluate on")
-    checkpoint = load_for_dataset(model_path, dataset)
+    checkpoint = load_for_dataset(model_path, dataset, tags_path=tags_path)
     network = checkpoint.network
     compile_for_prediction(network, checkpoint.config.block)
     clips, predictions = [], []
@@ -95,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
     )
     cli.add_data_dir(data)
+    cli.add_tags(data)
     machine = parser.add_argument_group("machine")
     cli.add_batch_size(machine, DEFAULT_BATCH_SIZE)
     output = parser.add_argument_group("output")
@@ -125,11 +132,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.report:
         cli.check_output(arguments.report, "--report", is_folder=True)
     open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
+    if arguments.tags:
+        read_tags(arguments.tags)
     names = model_names(arguments.model_paths)
     all_scores, all_resamples = [], []
     for name, model_path in zip(names, arguments.model_paths, strict=True):
         tags, clips, predictions, scores = evaluate(
-            model_path, arguments.data_dir, arguments.batch_size
+            model_path, arguments.data_dir, arguments.batch_size, arguments.tags
         )
         unscored = tags_without_score(tags, scores)
         if unscored and not all_scores:

@@ -20,6 +20,7 @@ from toolkit.data.annotations import RESERVED_TAGS
 from toolkit.errors import UsageError
 from toolkit.files import replaced_whole
 from toolkit.models import onnx_file
+from toolkit.models.tags import read_tags
 from toolkit.prediction import (
     DEFAULT_BATCH_SIZE,
     clip_mean,
@@ -39,7 +40,10 @@ INDEX = ("clip_id", "mp3_path")
 
 
 def extract(
-    model_path: str | Path, data_dir: str | Path, batch_size: int = DEFAULT_BATCH_SIZE
+    model_path: str | Path,
+    data_dir: str | Path,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    tags_path: str | Path | None = None,
 ) -> "pd.DataFrame":
     """Compute the mean excitations of each test clip at each depth.
 
@@ -51,6 +55,8 @@ def extract(
         Folder of the dataset.
     batch_size : int
         Segments per batch.
+    tags_path : str or Path or None
+        File that names the tags of the model (see `toolkit.prediction.load_for_dataset`).
 
     Returns
     -------
@@ -75,7 +81,7 @@ def extract(
                 f"{data_dir}: the tag {tag!r} has a reserved name ({', '.join(RESERVED_TAGS)}): "
                 "rename the tag and build the dataset again"
             )
-    checkpoint = load_for_dataset(model_path, dataset)
+    checkpoint = load_for_dataset(model_path, dataset, tags_path=tags_path)
     from model import build_excitations  # load_for_dataset has selected Keras's backend
 
     excitations = build_excitations(checkpoint.network)
@@ -129,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoint is used)",
     )
     cli.add_data_dir(data)
+    cli.add_tags(data)
     machine = parser.add_argument_group("machine")
     cli.add_batch_size(machine, DEFAULT_BATCH_SIZE)
     output = parser.add_argument_group("output")
@@ -156,7 +163,9 @@ def _extract(arguments: argparse.Namespace) -> None:
     output = Path(arguments.out)
     cli.check_output(output)
     open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
-    table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size)
+    if arguments.tags:
+        read_tags(arguments.tags)
+    table = extract(arguments.model_path, arguments.data_dir, arguments.batch_size, arguments.tags)
     write(output, table)
     num_depths = table["depth"].nunique()
     messages.say(

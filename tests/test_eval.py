@@ -32,7 +32,11 @@ def make_model(path, dataset, seed=0, **options):
     network.set_weights(
         [random.uniform(-0.5, 1, weight.shape).astype("f") ** 2 for weight in network.get_weights()]
     )
-    tags = dataset.tags if config.num_tags == len(dataset.tags) else ("x",) * config.num_tags
+    tags = (
+        dataset.tags
+        if config.num_tags == len(dataset.tags)
+        else tuple(map(str, range(config.num_tags)))
+    )
     save(path, Checkpoint(network, config, tags, dataset.sample_rate))
     return path
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolkit import backend, messages
+from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.data.clip import Clip
 from toolkit.errors import UsageError
 from toolkit.models import checkpoints, onnx_file
 from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.onnx_file import OnnxNetwork
+from toolkit.models.tags import choose_tags
 
 import numpy as np
 
@@ -62,12 +64,16 @@ def load(model_path: str | Path) -> Checkpoint:
 
 
 def load_for_dataset(
-    model_path: str | Path, dataset: "Dataset", say: Callable[[str], None] = messages.say
+    model_path: str | Path,
+    dataset: "Dataset",
+    say: Callable[[str], None] = messages.say,
+    tags_path: str | Path | None = None,
 ) -> Checkpoint:
     """Load a model to use with a dataset.
 
     If the model file contains no tag names, the tags of the dataset are used, and a message says
-    so.
+    so. However, a file with 50 outputs is taken for a model of MagnaTagATune: on a dataset with
+    50 other tags, its scores would be plausible and wrong.
 
     Parameters
     ----------
@@ -77,6 +83,8 @@ def load_for_dataset(
         Dataset with which the model is used.
     say : callable
         Prints a message.
+    tags_path : str or Path or None
+        File that names the tags of the model (see `toolkit.models.tags.read_tags`).
 
     Raises
     ------
@@ -86,9 +94,6 @@ def load_for_dataset(
         Segment length, sample rate or tags of the model and the dataset differ.
     """
     checkpoint = load(model_path)
-    if checkpoint.tags is None and checkpoint.config.num_tags == len(dataset.tags):
-        say(f"{model_path}: the file contains no tag names: using those of {dataset.path}")
-        checkpoint.tags = dataset.tags
     for what, of_model, of_data in (
         ("samples per segment", checkpoint.config.num_samples, dataset.num_samples),
         ("Hz", checkpoint.sample_rate, dataset.sample_rate),
@@ -99,6 +104,17 @@ def load_for_dataset(
                 f"{model_path}: the model is for {of_model} {what}, but {dataset.path} has "
                 f"{of_data}: use a dataset and a model that match"
             )
+    if tags_path is not None:
+        checkpoint.tags = choose_tags(model_path, checkpoint, tags_path)
+    elif checkpoint.tags is None:
+        if len(dataset.tags) == len(MTT_TOP_TAGS) and dataset.tags != MTT_TOP_TAGS:
+            raise UsageError(
+                f"{model_path}: the file contains no tag names, and {dataset.path} has other tags "
+                "than MagnaTagATune: if the model was trained on these, name them with --tags FILE "
+                "here or in tools.convert_model"
+            )
+        say(f"{model_path}: the file contains no tag names: using those of {dataset.path}")
+        checkpoint.tags = dataset.tags
     for number, (of_model, of_data) in enumerate(zip(checkpoint.tags, dataset.tags, strict=True)):
         if of_model != of_data:
             raise UsageError(

@@ -82,6 +82,9 @@ def test_tags_do_not_replace_those_in_the_file(published, tmp_path, capsys):
         (b"\xff\xfe\x00", "expected one tag per line, or a manifest.json"),
         (b'{"tags": 3}', "expected one tag per line, or a manifest.json"),
         (b"\n\n", "the file contains no tag names"),
+        (b"guitar\nslow\nguitar\n", "line 3: 'guitar' is already line 1"),
+        (b"guitar\n\nslow\n", "line 2 is empty"),
+        (b'{"tags": ["guitar", "slow", "slow"]}', "tag 3: 'slow' is already tag 2"),
         (b"guitar\nslow\n", r"2 tags, but \S+se-multi.hdf5 has 50 outputs"),
     ],
 )

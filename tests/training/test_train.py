@@ -12,6 +12,7 @@ import train
 from input_data import open_dataset
 from model import build_network
 from toolkit import figures, files
+from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.errors import TrainingError, UsageError
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint, checkpoint_name, find_best, save
@@ -24,7 +25,6 @@ from toolkit.training.state import StageState
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import write_other_tags
 from training_runs import (
     COLUMNS,
     ONE_EPOCH,
@@ -408,14 +408,10 @@ def test_dropout_and_weight_decay_may_change(tiny_dataset, trained, log, capsys)
 
 @pytest.mark.slow
 def test_published_log_folder(golden, tmp_path, capsys):
-    """The next stage starts from a published checkpoint; its own stage continues from it.
-
-    The checkpoint contains no tag names, and the tags of the dataset are not MagnaTagATune's.
-    """
+    """The next stage starts from a published checkpoint; its own stage continues from it."""
     folder = tmp_path / "data" / "tfrecord"
     shutil.copytree(golden / "tfrecord", folder)
     shutil.copy(folder / "train-0000-of-0001.tfrecord", folder / "val-0000-of-0001.tfrecord")
-    tags = write_other_tags(tmp_path / "data")
     log = tmp_path / "log"
     (log / "0").mkdir(parents=True)
     published = log / "0" / "ckpt-e003-l0.1234.hdf5"
@@ -432,7 +428,7 @@ def test_published_log_folder(golden, tmp_path, capsys):
     assert "stage 1: learning rate 2e-31, from epoch 0\n" in said
     kernel, expected = (weights_of(path)[0] for path in (log / "1" / "resume.keras", published))
     np.testing.assert_array_equal(kernel, expected)
-    assert checkpoints.load(log / "1").tags == tags
+    assert checkpoints.load(log / "1").tags == MTT_TOP_TAGS
 
     assert train.main(arguments(tmp_path / "data", log, *options, "--num-lr-decays", 1)) == 0
     said = capsys.readouterr().err

@@ -20,21 +20,29 @@ def read_tags(path: str | Path) -> tuple[str, ...]:
     Raises
     ------
     UsageError
-        The file cannot be read or contains no names.
+        The file cannot be read, contains no names, or contains a name twice.
     """
     try:
         # Windows' editors begin UTF-8 with a byte order mark, which would enter the first tag.
         text = Path(path).read_text(encoding="utf-8-sig")
-        tags = json.loads(text)["tags"] if text.startswith("{") else text.splitlines()
-        tags = tuple(tag.strip() for tag in tags if tag.strip())
+        is_manifest = text.lstrip().startswith("{")
+        names = list(json.loads(text)["tags"]) if is_manifest else text.rstrip().split("\n")
+        tags = tuple(name.strip() for name in names)
     except OSError as error:
         raise UsageError(f"--tags {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"--tags {path}: expected one tag per line, or a manifest.json: {error}"
         ) from None
-    if not tags:
+    if not any(tags):
         raise UsageError(f"--tags {path}: the file contains no tag names")
+    place = "tag" if is_manifest else "line"
+    lines = {}
+    for number, tag in enumerate(tags, 1):
+        if not tag:
+            raise UsageError(f"--tags {path}: {place} {number} is empty: expected a tag name")
+        if (first := lines.setdefault(tag, number)) < number:
+            raise UsageError(f"--tags {path}: {place} {number}: {tag!r} is already {place} {first}")
     return tags
 
 
