@@ -1,9 +1,11 @@
 """Selecting and importing the Keras backend."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +98,58 @@ def test_without_a_selection_the_first_installed_backend_is_used(
     )
     backend.import_keras()
     assert imported == [("keras", selected)]
+
+
+_CONFIGURATION = """
+    from toolkit import backend
+    backend.import_keras()
+    from keras import config
+    print(config.floatx(), config.dtype_policy().name, config.epsilon(), config.image_data_format())
+    print(config.max_epochs(), config.max_steps_per_epoch())
+"""
+
+
+def test_the_configuration_of_keras_has_no_effect(tmp_path):
+    settings = {"floatx": "float16", "epsilon": 0.1, "image_data_format": "channels_first"}
+    path = tmp_path / "keras.json"
+    path.write_text(json.dumps(settings))
+    variables = {"KERAS_MAX_EPOCHS": "1", "KERAS_MAX_STEPS_PER_EPOCH": "none"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(_CONFIGURATION)],
+        env=os.environ | variables | {"KERAS_HOME": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "float32 float32 1e-07 channels_last\nNone None\n"
+    assert done.stderr == ("KERAS_MAX_EPOCHS=1: ignored\nKERAS_MAX_STEPS_PER_EPOCH=none: ignored\n")
+    assert json.loads(path.read_text()) == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "expected a JSON object"),
+        ("null", "expected a JSON object"),
+        ("backend = jax", "Expecting value"),
+        ('{"backend": "theano"}', "backend 'theano' is not one of tensorflow, jax, torch"),
+        ('{"backend": ["jax"]}', "backend ['jax'] is not one of"),
+        (None, "Is a directory"),
+    ],
+)
+def test_a_broken_configuration_file_is_ignored(tmp_path, monkeypatch, capsys, content, reason):
+    path = tmp_path / "keras.json"
+    path.mkdir() if content is None else path.write_text(content)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setenv("KERAS_BACKEND", "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "torch" or None)
+    monkeypatch.setattr(backend, "import_quietly", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tensorflow", sys.modules.get("tensorflow"))
+    backend.import_keras()
+    assert os.environ["KERAS_BACKEND"] == "torch" and os.environ["KERAS_HOME"] == str(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: ignored: {reason}")
 
 
 def test_the_gpu_of_a_mac_is_named_with_pytorch(monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from toolkit.blocks import BLOCKS
 from toolkit.errors import UsageError
+from toolkit.messages import say
 
 # Keras's backends in order of preference, and the requirements file that installs each.
 _BACKENDS = {
@@ -21,6 +22,8 @@ _BACKENDS = {
     "jax": "requirements/backends.txt",
     "torch": "requirements/backends.txt",
 }
+# Settings of Keras that would shorten a training or exchange the classes of variables.
+_IGNORED_VARIABLES = ("KERAS_MAX_EPOCHS", "KERAS_MAX_STEPS_PER_EPOCH", "KERAS_NNX_ENABLED")
 
 
 def import_keras() -> None:
@@ -28,7 +31,8 @@ def import_keras() -> None:
 
     The environment variable KERAS_BACKEND selects the backend, or else Keras's configuration file.
     Without either, the backend is the first installed one of TensorFlow, JAX and PyTorch. With
-    another backend than TensorFlow, this process can no longer import TensorFlow.
+    another backend than TensorFlow, this process can no longer import TensorFlow. No other setting
+    of Keras has an effect: networks compute in float32 with the channels last.
 
     Raises
     ------
@@ -48,7 +52,7 @@ def import_keras() -> None:
         # Keras and TensorBoard would import TensorFlow for several seconds without using it.
         sys.modules.setdefault("tensorflow", None)
     keep_freed_memory()
-    import_quietly("keras")
+    _import_without_configuration()
 
 
 def choose_jit(choice: str, block: str) -> bool:
@@ -114,13 +118,50 @@ def keep_freed_memory() -> None:
     mallopt(arena_max, 1)  # other arenas cannot hold large blocks
 
 
+def _import_without_configuration() -> None:
+    """Import Keras so that its settings are the same for every user."""
+    for name in _IGNORED_VARIABLES:
+        if value := os.environ.pop(name, None):
+            say(f"{name}={value}: ignored")
+    imported_before = sys.modules.get("keras")
+    # Keras reads keras.json while it is imported; an invalid file would be a traceback.
+    home = os.environ.get("KERAS_HOME")
+    try:
+        with tempfile.TemporaryDirectory() as os.environ["KERAS_HOME"]:
+            import_quietly("keras")
+    finally:
+        del os.environ["KERAS_HOME"]
+        if home is not None:
+            os.environ["KERAS_HOME"] = home
+    if imported_before is not None:  # with a configuration of another program
+        config = imported_before.config
+        if config.floatx() != "float32":
+            config.set_floatx("float32")
+            config.set_dtype_policy("float32")
+        config.set_epsilon(1e-7)
+        config.set_image_data_format("channels_last")
+        config.set_max_epochs(None)
+        config.set_max_steps_per_epoch(None)
+
+
 def _default_backend() -> str:
     """Return the backend of Keras's configuration file, or else the first installed one."""
-    folder = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
     preferred = next(iter(_BACKENDS))
+    path = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser() / "keras.json"
+    configured = preferred
     try:
-        configured = json.loads((folder / "keras.json").read_text())["backend"]
-    except (OSError, ValueError, KeyError, TypeError):
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
+        configured = settings.get("backend", preferred)
+        if configured not in tuple(_BACKENDS):
+            raise ValueError(f"backend {configured!r} is not one of {', '.join(_BACKENDS)}")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        say(f"{path}: ignored: {error.strerror}")
+    except AttributeError:
+        say(f"{path}: ignored: expected a JSON object")
+    except (ValueError, TypeError, RecursionError) as error:
+        say(f"{path}: ignored: {error}")
         configured = preferred
     # When first imported, Keras writes "tensorflow" to the file, whatever the backend.
     if configured != preferred:
