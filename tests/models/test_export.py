@@ -191,6 +191,22 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     assert [found.name for found in tmp_path.rglob("*")] == ["music.savedmodel", "song.mp3"]
 
 
+def test_a_full_disk_keeps_the_earlier_savedmodel(tmp_path, monkeypatch):
+    tf = pytest.importorskip("tensorflow")
+    path = tmp_path / "model.savedmodel"
+    write_earlier_export(path)
+
+    def fail(holder, folder, signatures):
+        folder.mkdir()
+        raise tf.errors.ResourceExhaustedError(None, None, "a.tmp; No space left on device")
+
+    monkeypatch.setattr(tf.saved_model, "save", fail)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        exports.export(path, shared_checkpoint())
+    assert caught.value.filename == str(path)
+    assert [found.name for found in tmp_path.rglob("*")] == ["model.savedmodel", "saved_model.pb"]
+
+
 @pytest.mark.parametrize("suffix", [".savedmodel", ".tflite"])
 def test_savedmodel_and_litert_need_the_tensorflow_backend(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")

@@ -8,8 +8,6 @@ SavedModel and LiteRT need the TensorFlow backend.
 
 import io
 import json
-import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from pathlib import Path
 
 from toolkit import backend, messages
 from toolkit.errors import ExportError, UsageError
-from toolkit.files import write_atomically
+from toolkit.files import replaced_whole, write_atomically
 from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.onnx_graph import build_onnx, describe
 
@@ -120,29 +118,21 @@ def _export_onnx(path: Path, checkpoint: Checkpoint) -> float:
 
 def _export_savedmodel(path: Path, checkpoint: Checkpoint) -> float:
     _check_backend(path)
-    # An earlier export is deleted below; a folder of other files must not be.
+    # An earlier export is replaced; a folder of other files must not be.
     if (path.exists() or path.is_symlink()) and not (path / "saved_model.pb").is_file():
         raise ExportError(f"{path}: exists and is not a SavedModel: choose another name")
     import tensorflow as tf
 
-    # `files.replaced_whole` replaces files, but this is a folder.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with backend.stderr_held():
-            _save_signature(temporary, checkpoint)
-            serve = tf.saved_model.load(temporary).signatures["serving_default"]
-            largest = _difference(
-                path, checkpoint, lambda segments: serve(segments=tf.constant(segments))["tags"]
-            )
+    # The folder that a link leads to is replaced, not the link.
+    with replaced_whole(path.resolve()) as temporary, backend.stderr_held():
+        _save_signature(temporary, checkpoint)
+        serve = tf.saved_model.load(temporary).signatures["serving_default"]
+        largest = _difference(
+            path, checkpoint, lambda segments: serve(segments=tf.constant(segments))["tags"]
+        )
         folder = temporary / DESCRIPTION_FOLDER
         folder.mkdir()
         (folder / DESCRIPTION_NAME).write_text(_description_text(checkpoint), encoding="utf-8")
-        # os.replace cannot replace a folder that contains files.
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return largest
 
 
@@ -171,7 +161,11 @@ def _export_litert(path: Path, checkpoint: Checkpoint) -> float:
     import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 
-    with tempfile.TemporaryDirectory() as folder, backend.stderr_held():
+    with (
+        replaced_whole(path) as temporary,
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+        backend.stderr_held(),
+    ):
         _save_signature(Path(folder), checkpoint)
         file = io.BytesIO(tf.lite.TFLiteConverter.from_saved_model(folder).convert())
         # LiteRT ignores bytes after its content, and zip readers ignore bytes before the archive.
@@ -180,7 +174,7 @@ def _export_litert(path: Path, checkpoint: Checkpoint) -> float:
         # With the archive, as the file is written.
         run = Interpreter(model_content=file.getvalue()).get_signature_runner("serving_default")
         largest = _difference(path, checkpoint, lambda segments: run(segments=segments)["tags"])
-    write_atomically(path, file.getvalue())
+        temporary.write_bytes(file.getvalue())
     return largest
 
 
