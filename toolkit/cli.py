@@ -12,6 +12,7 @@ from pathlib import Path
 
 from toolkit.errors import ToolkitError, UsageError
 from toolkit.messages import say
+from toolkit.model_kinds import model_kind
 from toolkit.signals import interrupts_recorded
 
 # JAX, PyTorch and XLA have no common exception type for a lack of memory, only these messages.
@@ -153,18 +154,21 @@ def add_tags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def check_model(path: str | Path) -> None:
-    """Check that a model exists, before the slow imports.
+def check_model(path: str | Path) -> str:
+    """Check that a model exists, before the slow imports, and return its kind.
 
     Raises
     ------
     UsageError
         There is no such file or folder, or the folder contains no checkpoint.
+    CheckpointError
+        The file is of a kind that cannot be read (see `model_kind`).
     """
     if not os.path.exists(path):
         raise UsageError(f"{path}: no such model file")
-    if not os.path.isdir(path) or any(Path(path).glob("ckpt-*")):
-        return
+    kind = model_kind(path)
+    if kind != "folder" or any(Path(path).glob("ckpt-*")):
+        return kind
     folders = {checkpoint.parent.name for checkpoint in Path(path).glob("*/ckpt-*")}
     if not folders:
         raise UsageError(f"{path}: no checkpoint in this folder: expected ckpt-*.keras or .hdf5")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from toolkit import backend, cli, messages
 from toolkit.errors import UsageError
+from toolkit.models import checkpoints
 from toolkit.models.export import FORMATS, export
+from toolkit.models.tags import choose_tags, read_tags
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,11 +44,17 @@ def _convert(arguments: argparse.Namespace) -> None:
     if output.suffix not in (".keras", *FORMATS):
         raise UsageError(f"{output}: expected a name that ends in .keras, {', '.join(FORMATS)}")
     cli.check_output(output)
-    cli.check_model(arguments.model_path)
+    if output.suffix != ".savedmodel" and output.is_dir():
+        raise UsageError(f"{output}: is a folder: choose another name")
+    if cli.check_model(arguments.model_path) == "onnx":
+        raise UsageError(
+            f"{arguments.model_path}: an ONNX model cannot be converted: use the model that it was "
+            "exported from"
+        )
+    if arguments.tags:
+        read_tags(arguments.tags)
     # After the checks, because the import takes seconds.
     backend.import_keras()
-    from toolkit.models import checkpoints
-    from toolkit.models.tags import choose_tags
 
     checkpoint = checkpoints.load(arguments.model_path)
     # Other programs cannot know the tags, so every converted file names them.

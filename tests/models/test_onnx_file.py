@@ -11,6 +11,7 @@ from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.config import NetworkConfig
 from toolkit.models.onnx_graph import build_onnx
 
+import numpy as np
 import pytest
 
 onnx = pytest.importorskip("onnx", reason="needs requirements/export.txt")
@@ -38,7 +39,10 @@ def write(path, content, **metadata):
         ({"network": "{"}, "metadata: Expecting property name"),
         ({"network": json.dumps({"block": "conv"})}, "metadata: block must be one of se"),
         ({"network": json.dumps({"block": "se", "num_samples": 59050})}, "segments has shape"),
-        ({"tags": json.dumps(["guitar"])}, "metadata: tags is .*: expected a list of 50 names"),
+        (
+            {"tags": json.dumps(["guitar"])},
+            "metadata: tags is .*: expected a list of 50 different names",
+        ),
         ({"sample_rate": "0"}, "metadata: sample_rate is 0"),
     ],
 )
@@ -47,6 +51,32 @@ def test_other_descriptions_are_refused(content, tmp_path, metadata, message):
     with pytest.raises(CheckpointError, match=rf"^{path}: {message}") as error:
         onnx_file.load(path)
     assert "\n" not in str(error.value)
+
+
+def test_metadata_of_other_programs_is_ignored(content, tmp_path):
+    path = write(tmp_path / "other.onnx", content, author="not JSON", num_samples="also not")
+    assert onnx_file.load(path).tags == MTT_TOP_TAGS
+
+
+def test_quantised_networks_are_read(tmp_path):
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    config = NetworkConfig(block="se", init_features=2, alpha=2)
+    network = build_network(config)
+    path = tmp_path / "se.onnx"
+    path.write_bytes(build_onnx(Checkpoint(network, config, MTT_TOP_TAGS)).SerializeToString())
+    quantization.quantize_dynamic(path, tmp_path / "small.onnx")
+    loaded = onnx_file.load(tmp_path / "small.onnx")
+    assert (loaded.config, loaded.tags) == (config, MTT_TOP_TAGS)
+    segments = np.random.default_rng(0).normal(0, 0.2, (2, 59049)).astype(np.float32)
+    np.testing.assert_allclose(loaded.network(segments), network(segments), atol=0.02)
+
+
+def test_inputs_of_half_precision_are_refused(content, tmp_path):
+    float16 = pytest.importorskip("onnxruntime.transformers.float16")
+    model = float16.convert_float_to_float16(onnx.load_from_string(content))
+    onnx.save(model, tmp_path / "half.onnx")
+    with pytest.raises(CheckpointError, match=r"segments is a tensor\(float16\), expected float32"):
+        onnx_file.load(tmp_path / "half.onnx")
 
 
 def test_damaged_files_are_refused(content, tmp_path):

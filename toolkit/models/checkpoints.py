@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from toolkit.data.audio import SAMPLE_RATE
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.files import replaced_whole
+from toolkit.model_kinds import model_kind
 from toolkit.models.config import NetworkConfig
 from toolkit.models.hdf5 import DAMAGE, assign, check_sizes, list_arrays, open_hdf5
 from toolkit.models.keras2 import load_hdf5
@@ -124,23 +125,22 @@ def load(path: str | Path) -> Checkpoint:
         The file is not a model file, or its arrays do not form one of the paper's networks.
     """
     path = Path(path)
-    if path.is_dir():
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    kind = model_kind(path)
+    if kind == "folder":
         best = find_best(path)
         if best is None:
             raise CheckpointError(
                 f"{path}: no checkpoint in this folder: expected ckpt-*.keras or ckpt-*.hdf5"
             )
-        path = best
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        magic = file.read(8)
-    if magic.startswith(b"PK"):
+        path, kind = best, model_kind(best)
+    if kind == "onnx":
+        raise CheckpointError(f"{path}: an ONNX model: use the model that it was exported from")
+    if kind == "keras":
         return _load_keras(path)
-    if magic == b"\x89HDF\r\n\x1a\n":
-        network, config = load_hdf5(path)
-        return Checkpoint(network, config, tags=None)
-    raise CheckpointError(f"{path}: not a model file: expected .keras, .hdf5 or .h5")
+    network, config = load_hdf5(path)
+    return Checkpoint(network, config, tags=None)
 
 
 def load_optimizer(path: str | Path, trainer: "keras.Model") -> None:
@@ -229,9 +229,9 @@ def _read_tags(names: object, config: NetworkConfig, where: str) -> tuple[str, .
     # Earlier versions wrote 'tag 0', 'tag 1', … for a converted file that named no tags.
     if names is None or names == [f"tag {number}" for number in range(config.num_tags)]:
         return None
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not is_list or len(names) != config.num_tags:
-        raise _invalid(where, "tags", names, f"a list of {config.num_tags} names")
+    is_list = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not is_list or not len(names) == len(set(names)) == config.num_tags:
+        raise _invalid(where, "tags", names, f"a list of {config.num_tags} different names")
     return tuple(names)
 
 

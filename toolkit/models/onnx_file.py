@@ -5,6 +5,7 @@ from pathlib import Path
 
 from toolkit import backend
 from toolkit.errors import CheckpointError, UsageError
+from toolkit.model_kinds import model_kind
 from toolkit.models.checkpoints import Checkpoint, check_description
 
 import numpy as np
@@ -47,8 +48,9 @@ def load(path: str | Path) -> Checkpoint:
         ONNX Runtime is not installed.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file")
+    model_kind(path)
     try:
         backend.import_quietly("onnxruntime")
     except ImportError:
@@ -64,13 +66,15 @@ def load(path: str | Path) -> Checkpoint:
     try:
         session = onnxruntime.InferenceSession(path, options, providers)
     except Exception as error:  # the exceptions of ONNX Runtime have no common type
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{path}: not an ONNX model: {reason}") from None
+        reason = str(error).strip().splitlines()[0].rpartition(" failed:")[2]
+        raise CheckpointError(f"{path}: damaged, cut off or not an ONNX model: {reason}") from None
     metadata = session.get_modelmeta().custom_metadata_map
     if "network" not in metadata:
         raise CheckpointError(f"{path}: not a model that tools.convert_model wrote")
+    # Other programs may add entries: the quantiser adds one that is not JSON.
+    known = metadata.keys() & {"network", "tags", "sample_rate"}
     try:
-        description = {name: json.loads(value) for name, value in metadata.items()}
+        description = {name: json.loads(metadata[name]) for name in known}
     # Deeply nested JSON raises RecursionError.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: metadata: {error}") from None
@@ -82,5 +86,10 @@ def load(path: str | Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: {value.name} has shape {value.shape}, which is not that of the network "
                 "in the metadata"
+            )
+        if value.type != "tensor(float)":
+            raise CheckpointError(
+                f"{path}: {value.name} is a {value.type}, expected float32: convert the network, "
+                "but not its inputs and outputs (keep_io_types=True)"
             )
     return Checkpoint(OnnxNetwork(session, config.num_samples), config, tags, sample_rate)
