@@ -100,7 +100,7 @@ def test_ctrl_c_is_named_even_if_a_library_replaces_its_exception(capsys):
 def test_a_message_begins_with_the_path_as_it_was_typed(capsys, given, message, shown):
     parser = new_parser()
     parser.add_argument("paths", nargs="+")
-    assert cli.run(raising(ShardError(message)), parser.parse_args(["other", given])) == 1
+    assert cli.run(raising(UsageError(message)), parser.parse_args(["other", given])) == 2
     assert capsys.readouterr().err == f"thing.py: error: {shown}\n"
 
 

@@ -307,9 +307,8 @@ def run(script: Callable[[argparse.Namespace], int | None], arguments: argparse.
     int
         0 for success, 2 for usage errors, 128 + n after signal n, 1 for other errors.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what is printed for people never fails
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # any tag can be printed, as on stderr
     with interrupts_recorded() as was_interrupted:
         try:
             return script(arguments) or 0
@@ -334,20 +333,20 @@ def _describe(error: BaseException, arguments: argparse.Namespace) -> tuple[int,
     """Return exit status and message of an error, or None if the error is a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    if _is_out_of_memory(error):
-        return 1, f"out of memory{_memory_hint(arguments)}"
     if not isinstance(error, ToolkitError | OSError):
-        return None
+        is_out_of_memory = _is_out_of_memory(error)
+        return (1, f"out of memory{_memory_hint(arguments)}") if is_out_of_memory else None
     message = describe_os_error(error) if isinstance(error, OSError) else str(error)
     exit_status = getattr(error, "exit_status", 1)
     values = [value if isinstance(value, list) else [value] for value in vars(arguments).values()]
-    for given in (text for texts in values for text in texts if isinstance(text, str)):
+    for given in (text for texts in values for text in texts if text and isinstance(text, str)):
         # Name a path as the user typed it: Path drops ./ and one of the slashes of URLs.
         match = re.match(rf"(--[\w-]+ )?{re.escape(str(Path(given)))}(?=[:/]|$)", message)
         if match:
             option, rest = match[1] or "", message[match.end() :]
             # An output that does not exist yet can fail for other reasons, such as a full disk.
-            if isinstance(error, ToolkitError | FileNotFoundError) and not os.path.exists(given):
+            can_be_missing = isinstance(error, ToolkitError | FileNotFoundError)
+            if exit_status == 1 and can_be_missing and not os.path.exists(given):
                 exit_status = 2
             return exit_status, option + (given.rstrip("/") if rest[:1] == "/" else given) + rest
     return exit_status, message
