@@ -12,7 +12,7 @@ few batches in memory.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -47,6 +47,8 @@ from toolkit.errors import AnnotationsError, ShardError
 from toolkit.files import allow_open_files, exists
 
 import numpy as np
+
+ALIGNMENT = 64  # bytes; the memory of a batch starts at a multiple
 
 
 @dataclass
@@ -354,7 +356,11 @@ class SegmentReader:
         ShardError
             A record is damaged or has another shape.
         """
-        segments = np.empty((len(rows), self.num_samples), self.stored_type)
+        # TensorFlow uses aligned memory without copying it, which would take as long as reading.
+        size = len(rows) * self.num_samples * np.dtype(self.stored_type).itemsize
+        memory = np.empty(size + ALIGNMENT, np.uint8)
+        memory = memory[-memory.ctypes.data % ALIGNMENT :][:size]
+        segments = memory.view(self.stored_type).reshape(len(rows), self.num_samples)
         labels = np.empty((len(rows), self.num_tags), np.float32)
         for place, (shard, *record) in enumerate(self._records[rows].tolist()):
             file, path = self._files[shard], self._paths[shard]
@@ -367,7 +373,8 @@ class SegmentReader:
         order: np.ndarray,
         prefetch: int = 4,
         drop_remainder: bool = True,
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        place: Callable[[np.ndarray, np.ndarray], tuple] | None = None,
+    ) -> Iterator[tuple]:
         """Yield batches in the given order, prefetched by the threads.
 
         Parameters
@@ -380,6 +387,9 @@ class SegmentReader:
             Number of batches to read ahead.
         drop_remainder : bool
             Drop the last batch if it is smaller.
+        place : callable or None
+            Called with the segments and labels of each batch, in the thread that read them. Its
+            result is yielded instead.
 
         Yields
         ------
@@ -389,9 +399,13 @@ class SegmentReader:
         # A compiled network needs batches of one size.
         stop = len(order) - batch_size + 1 if drop_remainder else len(order)
         pending = []
+
+        def read(rows: np.ndarray) -> tuple:
+            return place(*self.read(rows)) if place else self.read(rows)
+
         for start in range(0, stop, batch_size):
             rows = order[start : start + batch_size]
-            pending.append(self._threads.submit(self.read, rows))
+            pending.append(self._threads.submit(read, rows))
             if len(pending) > prefetch:
                 # In order, so that the result does not depend on the number of threads.
                 yield pending.pop(0).result()

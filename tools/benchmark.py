@@ -173,6 +173,10 @@ def measure_build(options: Options) -> Iterator[Figure]:
 def measure_input(options: Options) -> Iterator[Figure]:
     """Measure shuffled training batches, and bare reads of the same samples as their limit."""
     from input_data import SegmentReader, open_dataset, shuffled_order
+    from toolkit.training.loop import choose_trainer, compile_trainer
+    from toolkit.training.options import TrainingOptions
+
+    import keras
 
     class BareReader(SegmentReader):
         """Reads only the samples, without any check."""
@@ -184,18 +188,27 @@ def measure_input(options: Options) -> Iterator[Figure]:
                 os.preadv(self._files[shard].fileno(), [samples], start + length - samples.nbytes)
             return segments, None
 
-    backend.keep_freed_memory()  # as in training
     dataset, batch_size = open_dataset(options.data_dir), options.batch_size[0]
     num_segments = dataset.splits["train"].num_segments // batch_size * batch_size
     if not num_segments:
         raise UsageError(f"--batch-size {batch_size}: more than there are training segments")
+    # Its network computes almost nothing, so training is as fast as segments reach it.
+    samples = keras.Input((dataset.num_samples,))
+    tags = keras.layers.Dense(len(dataset.tags), activation="sigmoid")(samples[:, ::1000])
+    jit = backend.choose_jit(options.jit, "basic")
+    trainer = compile_trainer(keras.Model(samples, tags), TrainingOptions(), 0, jit)
     epochs = itertools.count()
 
-    def read_epoch(reader: SegmentReader) -> None:
+    def next_order(reader: SegmentReader) -> np.ndarray:
         # Another order in every epoch, as in training.
-        order = shuffled_order(reader.num_segments, 0, 0, next(epochs))
-        for _ in reader.batches(batch_size, order):
+        return shuffled_order(reader.num_segments, 0, 0, next(epochs))
+
+    def read_epoch(reader: SegmentReader) -> None:
+        for _ in reader.batches(batch_size, next_order(reader)):
             pass
+
+    def train_epoch(runner, reader: SegmentReader) -> None:
+        runner.run_epoch(batch_size, next_order(reader), lambda num_steps, loss: None)
 
     # Eight is the default; from the page cache, two are faster (docs/performance.md).
     for num_threads in (1, 2, 8):
@@ -203,13 +216,17 @@ def measure_input(options: Options) -> Iterator[Figure]:
         for stage, reader_class, what in (
             ("machine", BareReader, "reads without any check"),
             ("input", SegmentReader, f"batches of {batch_size}"),
+            ("input", SegmentReader, f"training on batches of {batch_size} without a network"),
         ):
             reader = reader_class(dataset, "train", num_threads)
             what += f", {reader.stored_type.__name__}, {messages.count(num_threads, 'thread')}"
             call = partial(read_epoch, reader)
+            if "training" in what:
+                what += f", {keras.backend.backend()}"
+                call = partial(train_epoch, choose_trainer(trainer, reader), reader)
             figure = measure(stage, what, "segments/s", call, num_segments, options.repeats, limit)
             reader.close()
-            limit = figure.median
+            limit = limit or figure.median
             yield figure
 
 
@@ -316,29 +333,16 @@ def _predict_call(network, x: np.ndarray, y: np.ndarray, jit: bool) -> tuple[Cal
 
 def _train_call(network, x: np.ndarray, y: np.ndarray, jit: bool) -> tuple[Callable, int]:
     """Return a call that trains one or several steps, and its number of segments."""
-    from toolkit.training.loop import compile_trainer
+    from toolkit.training.loop import choose_trainer, compile_trainer
     from toolkit.training.options import TrainingOptions
 
     import keras
 
-    trainer = compile_trainer(network, TrainingOptions(), 0, jit)
-    if keras.backend.backend() != "jax" or not jit:
-        return partial(trainer.train_on_batch, *map(keras.ops.convert_to_tensor, (x, y))), len(x)
-
-    from toolkit.training.jax_loop import JaxTrainer
-
-    runner = JaxTrainer(trainer)
-    runner.set_cache(x, y)
-    state = runner.state()
-    rows = np.tile(np.arange(len(x), dtype=np.int32), (runner.steps_per_dispatch, 1))
-
-    def call() -> None:
-        nonlocal state
-        state, losses = runner.run(state, rows)
-        # Wait for the device: JAX returns before the steps are finished.
-        np.asarray(losses)
-
-    return call, rows.size
+    runner = choose_trainer(compile_trainer(network, TrainingOptions(), 0, jit))
+    steps = [np.broadcast_to(part, (runner.steps_per_call, *part.shape)) for part in (x, y)]
+    inputs = [keras.ops.convert_to_tensor(part) for part in steps]
+    # Read the losses to wait for the device: JAX returns before the steps are finished.
+    return lambda: np.asarray(runner.run(*inputs)), runner.steps_per_call * len(x)
 
 
 def sweep(options: Options, machine: dict[str, str]) -> Iterator[Figure]:
@@ -456,7 +460,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--data-dir {options.data_dir}: no dataset for {', '.join(needing)}")
     if options.backend:
         os.environ["KERAS_BACKEND"] = options.backend
-    if set(stages) - {"decode", "build", "input"}:
+    if set(stages) - {"decode", "build"}:
         backend.import_keras()
     return report(_measure_stages(options, stages), describe_machine(), options.json)
 

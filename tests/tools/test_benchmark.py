@@ -59,7 +59,7 @@ def test_decoding_and_reading_are_measured_and_written_as_json(tiny_dataset, tmp
     figures = read_figures(path)
     assert [(figure["stage"], figure["share"] is not None) for figure in figures] == [
         ("decode", False),
-        *[("machine", False), ("input", True)] * 3,  # for each number of threads
+        *[("machine", False), ("input", True), ("input", True)] * 3,  # for each number of threads
     ]
     assert all(0 < figure["lowest"] <= figure["median"] <= figure["highest"] for figure in figures)
     printed = capsys.readouterr().out

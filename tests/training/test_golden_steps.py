@@ -45,7 +45,7 @@ def train_three_steps(name, jit):
     from model import build_network
     from toolkit.models import checkpoints
     from toolkit.models.config import NetworkConfig
-    from toolkit.training.loop import compile_trainer
+    from toolkit.training.loop import choose_trainer, compile_trainer
     from toolkit.training.options import TrainingOptions
 
     import keras
@@ -59,34 +59,14 @@ def train_three_steps(name, jit):
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0  # also the blocks' own
     trainer = compile_trainer(network, TrainingOptions(batch_size=4), 0, jit)
-    step = make_jax_step(trainer) if keras.backend.backend() == "jax" else make_keras_step(trainer)
+    runner = choose_trainer(trainer)
     losses = []
     for x, y in zip(*read_steps(), strict=True):
-        losses.append(step(x, y))
+        losses += np.asarray(runner.run(*runner.place(x[np.newaxis], y[np.newaxis]))).tolist()
         if len(losses) == 1:
+            runner.finish()
             weights = network.get_weights()
     return losses, weights
-
-
-def make_keras_step(trainer):
-    def step(x, y):
-        trainer.reset_metrics()
-        return float(trainer.train_on_batch(x, y))
-
-    return step
-
-
-def make_jax_step(trainer):
-    from toolkit.training.jax_loop import JaxTrainer
-
-    runner = JaxTrainer(trainer)
-
-    def step(x, y):
-        state, losses = runner.run(runner.state(), x[np.newaxis], y[np.newaxis])
-        runner.set_state(state)
-        return float(losses[0])
-
-    return step
 
 
 def differences_of(name, jit):

@@ -210,20 +210,6 @@ class Job:
         how = "compiled" if jit else "not compiled"
         return f"{titles[keras.backend.backend()]} backend on {device}, {precision}, {how}"
 
-    def spread(self, make_batches: Callable[[], Iterator]):
-        """Return batches in the format that Keras's training loop divides among devices.
-
-        With TensorFlow, this format is a ``tf.data.Dataset`` of fixed shapes, over which Keras may
-        iterate more than once.
-        """
-        if self.strategy is None:
-            return make_batches()
-        import tensorflow as tf
-
-        first = next(make_batches())
-        signature = tuple(tf.TensorSpec(part.shape, part.dtype) for part in first)
-        return tf.data.Dataset.from_generator(make_batches, output_signature=signature)
-
     def synchronise_norms(self, network: "keras.Model", synchronised: bool = True) -> None:
         """Make batch normalisation use the statistics of the whole batch, not of a device's part.
 

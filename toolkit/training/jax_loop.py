@@ -1,4 +1,4 @@
-"""The training loop for JAX: several steps per dispatch, segments in device memory if they fit.
+"""The training step of JAX: several steps per call, segments in device memory if they fit.
 
 A segment takes 236 kB, so the host cannot deliver tens of thousands of segments per second. If the
 training segments fit into the device's memory, they are copied there once, batches are gathered on
@@ -6,11 +6,12 @@ the device by segment number, and many steps run in one call. The order of the s
 as with every other backend. Several devices, of one or more hosts, share each batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from input_data import SegmentReader
 from toolkit import messages
 from toolkit.training.devices import BATCH_AXIS, Job
+from toolkit.training.steps import KerasTrainer
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ _CACHE_SHARE = 0.6
 _CACHE_CHUNK = 256  # segments copied to the device at a time: 60 MB of float32
 # A GPU may finish a step before Python prepares the next call. More steps per call need more
 # memory: 16 batches of 256 segments are 1 GB.
-_STEPS_PER_DISPATCH = 16
+_STEPS_PER_CALL = 16
 
 
 def fits_device(segments: SegmentReader) -> bool:
@@ -38,136 +39,67 @@ def fits_device(segments: SegmentReader) -> bool:
     return num_samples * np.dtype(segments.stored_type).itemsize <= _CACHE_SHARE * free
 
 
-class JaxTrainer:
-    """Trains a compiled Keras model, several steps per call.
+class JaxTrainer(KerasTrainer):
+    """Trains a compiled Keras model, several steps per call on a GPU; see `KerasTrainer`.
 
     Parameters
     ----------
-    trainer : keras.Model
-        Compiled model. Its variables are read before each epoch and updated after it.
-    segments : SegmentReader or None
-        Training segments; None if only `run` is called.
     device_cache : bool
         Store all segments in the memory of every device, as int16 if the shards store int16.
-    steps_per_dispatch : int or None
-        Steps per call; None for 1 on a CPU and 16 on other devices.
-    job : Job or None
-        The devices that share each batch; None for one device.
     """
 
-    def __init__(
-        self,
-        trainer: keras.Model,
-        segments: SegmentReader | None = None,
-        device_cache: bool = False,
-        steps_per_dispatch: int | None = None,
-        job: Job | None = None,
-    ):
-        self._trainer = trainer
-        self._segments = segments
-        self._job = job or Job()
-        on_cpu = jax.devices()[0].platform == "cpu"
-        self.steps_per_dispatch = steps_per_dispatch or (1 if on_cpu else _STEPS_PER_DISPATCH)
+    def __init__(self, trainer, segments=None, job=None, device_cache: bool = False):
+        super().__init__(trainer, segments, job)
+        self.steps_per_call = 1 if jax.devices()[0].platform == "cpu" else _STEPS_PER_CALL
         self._cache = _read_all(segments, self._job) if device_cache else None
+        self._values = None  # of the variables, between the first call and `finish`
         self._run_batches = jax.jit(self._scan_batches, donate_argnums=0)
         self._run_cached = jax.jit(self._scan_cached, donate_argnums=0)
 
-    def run_epoch(
-        self, batch_size: int, order: np.ndarray, after_steps: Callable[[int, float], None]
-    ) -> float:
-        """Train on the segments in the given order.
+    def run(self, *inputs: np.ndarray) -> jax.Array:
+        """Run the steps of one call.
 
         Parameters
         ----------
-        batch_size : int
-            Segments per step; a smaller last batch is dropped.
-        order : np.ndarray [shape=(n,), dtype=int]
-            Numbers of the epoch's segments.
-        after_steps : callable
-            Called after each step with the number of steps done and the loss of the last step.
+        *inputs : np.ndarray
+            Either segments and labels as in `KerasTrainer.run` or, with a device cache, numbers of
+            segments [shape=(n_steps, batch), dtype=int32]. With several processes, only this
+            process's rows of each batch.
 
         Returns
         -------
-        float
-            Mean loss of the steps.
+        jax.Array [shape=(n_steps,), dtype=float32]
+            Loss of each step.
         """
-        num_steps = len(order) // batch_size
-        rows = order[: num_steps * batch_size].reshape(num_steps, batch_size)
-        losses = []
+        inputs = [_place(self._job, part, PartitionSpec(None, BATCH_AXIS)) for part in inputs]
+        if self._values is None:
+            self._values = tuple([each.value for each in group] for group in self._variables())
+        if len(inputs) == 1:
+            self._values, losses = self._run_cached(self._values, self._cache, *inputs)
+        else:
+            self._values, losses = self._run_batches(self._values, *inputs)
+        return losses
 
-        def take(dispatched: jax.Array | None) -> None:
-            for loss in [] if dispatched is None else np.asarray(dispatched):
-                losses.append(float(loss))
-                after_steps(len(losses), losses[-1])
-
-        state = self.state()
-        try:
-            waiting = None
-            for inputs in self._dispatches(rows):
-                state, dispatched = self.run(state, *inputs)
-                take(waiting)  # read the losses of the previous call while this one runs
-                waiting = dispatched
-            take(waiting)
-        finally:
-            self.set_state(state)
-        return float(np.mean(losses))
-
-    def state(self) -> tuple[list, list, list]:
-        """Return the values of the trainable, non-trainable and optimizer variables."""
-        return tuple([variable.value for variable in group] for group in self._variables())
-
-    def set_state(self, state: tuple[list, list, list]) -> None:
-        """Assign the values that `state` returned, or `run` updated, to the variables."""
-        for variables, values in zip(self._variables(), state, strict=True):
+    def finish(self) -> None:
+        """Assign the values after the last step to the variables."""
+        if self._values is None:
+            return
+        for variables, values in zip(self._variables(), self._values, strict=True):
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
+        self._values = None
 
     def _variables(self) -> tuple[list, list, list]:
         trainer = self._trainer
         groups = trainer.trainable_variables, trainer.non_trainable_variables
         return *groups, trainer.optimizer.variables
 
-    def run(self, state: tuple, *inputs) -> tuple[tuple, jax.Array]:
-        """Run the steps of one dispatch.
-
-        Parameters
-        ----------
-        state : tuple
-            Values as `state` returns them; their memory is reused (donated).
-        *inputs : np.ndarray
-            Either numbers of cached segments [shape=(n_steps, batch), dtype=int32], or segments
-            [shape=(n_steps, batch, n_samples), dtype=float32 or int16] and labels
-            [shape=(n_steps, batch, n_tags)]. With several processes, only this process's rows of
-            each batch.
-
-        Returns
-        -------
-        state : tuple
-            Values after the steps.
-        losses : jax.Array [shape=(n_steps,), dtype=float32]
-            Loss of each step.
-        """
-        inputs = [_place(self._job, part, PartitionSpec(None, BATCH_AXIS)) for part in inputs]
-        if len(inputs) == 1:
-            return self._run_cached(state, self._cache, *inputs)
-        return self._run_batches(state, *inputs)
-
-    def set_cache(self, segments: np.ndarray, labels: np.ndarray) -> None:
-        """Copy segments and labels to the device, so that `run` takes segment numbers."""
-        self._cache = (jnp.asarray(segments), jnp.asarray(labels))
-
-    def _dispatches(self, rows: np.ndarray) -> Iterator[tuple]:
-        steps = self.steps_per_dispatch
-        rows = rows[:, self._job.share(rows.shape[1])]
-        if self._cache is not None:
-            for start in range(0, len(rows), steps):
-                yield (rows[start : start + steps].astype(np.int32),)
+    def _inputs(self, rows: np.ndarray) -> Iterator[tuple]:
+        if self._cache is None:
+            yield from super()._inputs(rows)
             return
-        num_rows = rows.shape[1]
-        for batch in self._segments.batches(
-            steps * num_rows, rows.reshape(-1), prefetch=3, drop_remainder=False
-        ):
-            yield tuple(part.reshape(-1, num_rows, part.shape[-1]) for part in batch)
+        for start in range(0, len(rows), self.steps_per_call):
+            yield (rows[start : start + self.steps_per_call].astype(np.int32),)
 
     def _scan_batches(self, state, segments, labels):
         return _scan(lambda s, xy: self._step(s, *xy), state, (segments, labels))

@@ -2,15 +2,17 @@
 
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from input_data import shuffled_order
+from input_data import SegmentReader, shuffled_order
 from toolkit import messages
 from toolkit.data.records import INT16_SCALE
-from toolkit.errors import ToolkitError, TrainingError, UsageError
+from toolkit.errors import TrainingError, UsageError
+from toolkit.training.devices import Job
 from toolkit.training.options import TrainingOptions
 from toolkit.training.stage import Run
+from toolkit.training.steps import KerasTrainer
 
 import numpy as np
 
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
 
 # Within a stage, the published program decays the learning rate: lr / (1 + decay * iteration).
 ITERATION_DECAY = 1e-6
-
-# A loop takes the order of the segments and a function, trains on the segments, calls the function
-# with the number of steps done and the loss of the last step, and returns the mean loss.
-Loop = Callable[[np.ndarray, Callable[[int, float], None]], float]
 
 
 def compile_trainer(
@@ -85,7 +83,8 @@ def make_epoch(run: Run, stage: int, trainer: "keras.Model") -> Callable[[int], 
     """
     options, segments = run.options, run.segments
     run.job.synchronise_norms(trainer)
-    loop = _choose_loop(run, trainer)
+    gc.collect()  # free the previous stage, whose objects refer to each other
+    runner = choose_trainer(trainer, segments, run.job, options.device_cache)
 
     def train_epoch(epoch: int) -> float:
         _seed_dropout(trainer, options.seed, stage, epoch)
@@ -105,64 +104,51 @@ def make_epoch(run: Run, stage: int, trainer: "keras.Model") -> Callable[[int], 
                 bar.update(num_done - bar.n)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-            return loop(order, after_steps)
+            return runner.run_epoch(options.batch_size, order, after_steps)
 
     return train_epoch
 
 
-def _choose_loop(run: Run, trainer: "keras.Model") -> Loop:
-    """Return the toolkit's loop if JAX compiles the network, otherwise Keras's loop."""
+def choose_trainer(
+    trainer: "keras.Model",
+    segments: SegmentReader | None = None,
+    job: Job | None = None,
+    device_cache: str = "off",
+) -> KerasTrainer:
+    """Return the object that runs the steps of a compiled model on its backend.
+
+    Parameters
+    ----------
+    trainer : keras.Model
+        Result of `compile_trainer`.
+    segments, job
+        See `KerasTrainer`.
+    device_cache : {'auto', 'on', 'off'}
+        Whether to keep the segments in device memory; ``auto`` keeps them if they fit.
+
+    Raises
+    ------
+    UsageError
+        The backend does not support a device cache.
+    """
     import keras
 
-    options, segments, job = run.options, run.segments, run.job
-    if keras.backend.backend() == "jax" and run.jit:
+    name = keras.backend.backend()
+    if name == "jax" and trainer.jit_compile:
         from toolkit.training.jax_loop import JaxTrainer, fits_device
 
-        gc.collect()  # free the previous stage's segments on the device (reference cycle)
-        device_cache = options.device_cache == "on" or (
-            options.device_cache == "auto"
-            and job.num_processes == 1  # several processes read only their share of the segments
-            and fits_device(segments)
-        )
-        runner = JaxTrainer(trainer, segments, device_cache, job=job)
-        return lambda order, after_steps: runner.run_epoch(options.batch_size, order, after_steps)
-    if options.device_cache == "on":
+        if device_cache == "auto":  # several processes read only their share of the segments
+            device_cache = "on" if job.num_processes == 1 and fits_device(segments) else "off"
+        return JaxTrainer(trainer, segments, job, device_cache == "on")
+    if device_cache == "on":
         raise UsageError(
             "--device-cache on: needs KERAS_BACKEND=jax and a compiled network: use auto or off"
         )
-    return _keras_loop(run, trainer)
+    if name == "tensorflow":
+        from toolkit.training.tensorflow_loop import TensorFlowTrainer
 
-
-def _keras_loop(run: Run, trainer: "keras.Model") -> Loop:
-    import keras
-
-    batch_size = run.options.batch_size
-    read_errors = []  # TensorFlow replaces exceptions that its datasets raise
-
-    def train_epoch(order: np.ndarray, after_steps: Callable[[int, float], None]) -> float:
-        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            try:
-                yield from run.segments.batches(batch_size, order)
-            except ToolkitError as error:
-                read_errors.append(error)
-                raise
-
-        watch = keras.callbacks.LambdaCallback(
-            on_train_batch_end=lambda step, logs: after_steps(step + 1, float(logs["loss"]))
-        )
-        try:
-            history = trainer.fit(
-                run.job.spread(batches),
-                steps_per_epoch=len(order) // batch_size,
-                verbose=0,
-                shuffle=False,  # already shuffled
-                callbacks=[watch],
-            )
-        except Exception as error:
-            raise (read_errors[0] if read_errors else error) from None
-        return float(history.history["loss"][0])
-
-    return train_epoch
+        return TensorFlowTrainer(trainer, segments, job)
+    return KerasTrainer(trainer, segments, job)
 
 
 def _seed_dropout(trainer: "keras.Model", seed: int, stage: int, epoch: int) -> None:
