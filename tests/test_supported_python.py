@@ -43,7 +43,7 @@ def test_scripts_name_the_system_that_they_need(script, pretend, part):
 
 @pytest.mark.parametrize("command", [[script] for script in SCRIPTS] + [["-m", t] for t in TOOLS])
 def test_without_its_packages_a_script_says_to_activate_the_environment(command):
-    command = [sys.executable, "-S", *command]  # without site-packages
+    command = [sys._base_executable, "-S", *command]  # outside .venv, without site-packages
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     name = command[-1].removeprefix("tools.").removesuffix(".py")
     assert (done.returncode, done.stdout) == (1, "")
