@@ -165,8 +165,6 @@ def _tag(arguments: argparse.Namespace) -> None:
         if is_named and (len(files) == 1 or not os.path.exists(path)):
             check_file(path)  # before the model is loaded, which takes seconds
     _check_taggrams(arguments, len(files))
-    if arguments.tags:
-        read_tags(arguments.tags)
 
     checkpoint = load(arguments.model_path)
     tags = choose_tags(arguments.model_path, checkpoint, arguments.tags)

@@ -281,9 +281,10 @@ def test_a_given_file_that_cannot_be_decoded_is_an_error_after_the_other_files(
 
 
 def test_a_missing_file_is_named_before_others_are_tagged(folder, model_path, tmp_path, capsys):
-    missing = tmp_path / "none.mp3"
-    out, said = run(capsys, model_path, folder / "c.flac", missing, status=2)
-    assert (out, said) == ("", [f"tag.py: error: {missing}: no such file"])
+    missing, long = tmp_path / "none.mp3", tmp_path / f"{'n' * 300}.mp3"
+    for path, reason in ((missing, "no such file"), (long, "cannot be read: File name too long")):
+        out, said = run(capsys, model_path, folder / "c.flac", path, status=2)
+        assert (out, said) == ("", [f"tag.py: error: {path}: {reason}"])
 
 
 def test_at_most_two_files_are_decoded_ahead_of_the_network(folder, model_path, monkeypatch):

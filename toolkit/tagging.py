@@ -8,6 +8,7 @@ One thread decodes the next files, long ones in parts, while the network predict
 across files.
 """
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +41,7 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
     """
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
             files += [(found, False) for found in sorted(path.rglob("*")) if found.is_file()]
         else:
             files.append((path, True))
