@@ -156,8 +156,6 @@ def _tag(arguments: argparse.Namespace) -> None:
     if arguments.csv or arguments.json:
         sys.stdout.reconfigure(encoding="utf-8")  # data, whatever the terminal shows
     cli.check_model(arguments.model_path)
-    if arguments.tags:
-        read_tags(arguments.tags)  # report errors before the slow import of Keras
     files = find_files(arguments.audio)
     if not files:
         raise UsageError(f"{', '.join(arguments.audio)}: no files found")
