@@ -147,7 +147,8 @@ def _decode_ahead(*files) -> Iterator[tuple[Path, Clip | Exception]]:
         is_abandoned = True
         with suppress(queue.Empty):
             ready.get_nowait()  # the thread may be waiting for this place
-        thread.join()
+        with suppress(RuntimeError):  # Python 3.14 joins no daemon thread at exit
+            thread.join()
 
 
 def _decode(
