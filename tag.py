@@ -21,7 +21,7 @@ from toolkit import cli, figures, messages
 from toolkit.data.audio import check_file
 from toolkit.errors import AudioError, UsageError
 from toolkit.files import write_atomically
-from toolkit.models.tags import choose_tags, read_tags
+from toolkit.models.tags import choose_tags
 from toolkit.prediction import DEFAULT_BATCH_SIZE, clip_mean, load
 from toolkit.tagging import find_files, tag_files
 
