@@ -95,6 +95,33 @@ def test_intervals_cover_the_true_score():
     assert 0.4 < ratio < 0.6
 
 
+def test_intervals_of_the_mean_pr_auc_have_no_bias():
+    """With few clips, the average precision of the clips and even more of resamples is too large.
+
+    Percentiles of the resamples contain the true value in 32 of 100 repetitions.
+    """
+    from scipy.stats import norm
+
+    random = np.random.default_rng(0)
+    shares, distances = np.geomspace(0.03, 0.4, 50), np.resize([0.8, 1.5, 2.2, 2.8], 50)
+    threshold = np.linspace(-8, 11, 4000)[:, np.newaxis]
+    found = shares * norm.sf(threshold - distances)
+    precision = found / (found + (1 - shares) * norm.sf(threshold))
+    weights = norm.pdf(threshold - distances)
+    true = ((weights * precision).sum(axis=0) / weights.sum(axis=0)).mean()
+    covered, moved = 0, []
+    for seed in range(20):
+        labels = (random.uniform(size=(150, 50)) < shares).astype(np.uint8)
+        labels[:2] = [[0], [1]]  # every tag has a score
+        predictions = random.normal(size=labels.shape) + distances * labels
+        rows = bootstrap(labels, predictions, 200, seed).macro_pr_auc
+        low, high = interval(rows)
+        covered += low <= true <= high
+        moved.append(np.mean(rows[21:]) - (low + high) / 2)
+        assert low <= rows[0] <= high
+    assert covered >= 16 and np.mean(moved) > 0.02
+
+
 def test_the_seed_determines_the_resamples():
     random = np.random.default_rng(0)
     labels = (random.uniform(size=(50, 4)) < 0.4).astype(np.uint8)
@@ -106,7 +133,7 @@ def test_the_seed_determines_the_resamples():
     # All tags and all models are scored on the same resamples of clips.
     other = bootstrap(labels, 3 * predictions - 1, num_resamples=150, seed=3)
     np.testing.assert_array_equal(one.pr_auc, other.pr_auc)
-    ends = interval(one.roc_auc - other.roc_auc)
+    ends = interval((one - other).roc_auc, lowest=-1)
     np.testing.assert_array_equal(ends, np.zeros((2, 4)))
 
 
