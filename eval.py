@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from input_data import Clip, open_dataset
+from input_data import Clip, hash_dataset, open_dataset
 from toolkit import cli, messages
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.evaluation import CONFIDENCE, Resamples, Scores, bootstrap, interval, score
@@ -24,7 +24,8 @@ from toolkit.prediction import (
     load_for_dataset,
     predict_split,
 )
-from toolkit.reports import model_names, tags_without_score, write_comparison, write_report
+from toolkit.provenance import describe, model_names
+from toolkit.reports import tags_without_score, write_comparison, write_report
 
 import numpy as np
 
@@ -110,7 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         default=None,
         help="folder for metrics.json, per_tag.csv, per_tag.png and predictions.csv; with several "
-        "models, one folder per model and comparison.json, .csv and .png (default: none)",
+        "models, one folder per model and comparison.json, .csv and .png; other files in the "
+        "folder are kept (default: none)",
     )
     output.add_argument(
         "--seed",
@@ -131,11 +133,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         cli.check_model(model_path)
     if arguments.report:
         cli.check_output(arguments.report, "--report", is_folder=True)
-    open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
+    dataset = open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
     if arguments.tags:
         read_tags(arguments.tags)
     names = model_names(arguments.model_paths)
-    all_scores, all_resamples = [], []
+    all_provenances, all_scores, all_resamples = [], [], []
     for name, model_path in zip(names, arguments.model_paths, strict=True):
         tags, clips, predictions, scores = evaluate(
             model_path, arguments.data_dir, arguments.batch_size, arguments.tags
@@ -152,29 +154,38 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         all_scores.append(scores)
         if arguments.report:
             folder = Path(arguments.report) / ("" if len(names) == 1 else name)
-            resamples = write_report(folder, tags, clips, predictions, scores, arguments.seed)
+            test_hash = hash_dataset(dataset, ["test"])
+            provenance = describe(model_path, dataset.path, tags, len(clips), test_hash, name)
+            resamples = write_report(
+                folder, provenance, tags, clips, predictions, scores, arguments.seed
+            )
+            all_provenances.append(provenance)
             all_resamples.append(resamples)
             messages.say(f"{folder}: metrics.json, per_tag.csv, per_tag.png, predictions.csv")
         elif len(names) > 1:
             labels = np.array([clip.labels for clip in clips])
             all_resamples.append(bootstrap(labels, predictions, seed=arguments.seed))
     if len(names) > 1:
-        _print_differences(names, all_scores, all_resamples)
+        _print_differences(names, all_resamples)
         if arguments.report:
             write_comparison(
-                arguments.report, tags, names, all_scores, all_resamples, arguments.seed
+                arguments.report, all_provenances, tags, all_scores, all_resamples, arguments.seed
             )
             messages.say(f"{arguments.report}: comparison.json, comparison.csv, comparison.png")
 
 
-def _print_differences(names: list[str], scores: list[Scores], resamples: list[Resamples]) -> None:
-    for name, of_model, drawn in zip(names[1:], scores[1:], resamples[1:], strict=True):
-        difference = of_model.macro_roc_auc - scores[0].macro_roc_auc
-        low, high = interval(drawn.macro_roc_auc - resamples[0].macro_roc_auc)
-        print(
-            f"=> @ ROC AUC difference: {difference:+.4f}, {100 * CONFIDENCE:g} % interval "
-            f"{low:+.4f} to {high:+.4f} ({name} - {names[0]})"
-        )
+def _print_differences(names: list[str], resamples: list[Resamples]) -> None:
+    for name, drawn in zip(names[1:], resamples[1:], strict=True):
+        difference = drawn - resamples[0]
+        for metric, rows in (
+            ("ROC AUC", difference.macro_roc_auc),
+            ("PR AUC", difference.macro_pr_auc),
+        ):
+            low, high = interval(rows, lowest=-1)
+            print(
+                f"=> @ {metric} difference: {rows[0]:+.4f}, {100 * CONFIDENCE:g} % interval "
+                f"{low:+.4f} to {high:+.4f} ({name} - {names[0]})"
+            )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 The table has one row per clip and depth, in the published form: ``ex``, the excitation of each
 channel, averaged over the clip's segments; ``depth``, 0 for the first block to 8 for the last; one
-column of 0 and 1 per tag. The index names the clip: ``clip_id`` and ``mp3_path``. A file name that
-ends in ``.parquet`` selects Parquet; any other name selects a pickle.
+column of 0 and 1 per tag. The index names the clip: ``clip_id`` and ``mp3_path``. The attributes
+(``DataFrame.attrs``) name model, checkpoint and dataset. The name of the file ends in ``.pkl`` or
+``.parquet``.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from input_data import open_dataset
+from input_data import hash_dataset, open_dataset
 from toolkit import cli, messages
 from toolkit.data.annotations import RESERVED_TAGS
 from toolkit.errors import UsageError
@@ -28,13 +29,16 @@ from toolkit.prediction import (
     load_for_dataset,
     predict_split,
 )
+from toolkit.provenance import describe
 
 import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PARQUET_SUFFIX = ".parquet"
+SUFFIXES = (".pkl", ".parquet")
+# NumPy 1.26 and pandas 1.5 cannot read arrays that NumPy 2 has pickled with protocol 5.
+_PICKLE_PROTOCOL = 4
 COLUMNS = ("ex", "depth")
 INDEX = ("clip_id", "mp3_path")
 
@@ -98,7 +102,12 @@ def extract(
     levels = [pd.Index(level, dtype=object) for level in zip(*identities, strict=True)]
     index = pd.MultiIndex.from_arrays(levels, names=INDEX)
     tags = pd.DataFrame(np.array(labels), columns=list(checkpoint.tags), index=index)
-    return pd.concat([pd.DataFrame(rows, columns=list(COLUMNS), index=index), tags], axis=1)
+    table = pd.concat([pd.DataFrame(rows, columns=list(COLUMNS), index=index), tags], axis=1)
+    num_clips = len(table) // table["depth"].nunique()
+    test_hash = hash_dataset(dataset, ["test"])
+    provenance = describe(model_path, data_dir, checkpoint.tags, num_clips, test_hash)
+    table.attrs = provenance.to_json()
+    return table
 
 
 def write(path: str | Path, table: "pd.DataFrame") -> None:
@@ -107,19 +116,31 @@ def write(path: str | Path, table: "pd.DataFrame") -> None:
     Parameters
     ----------
     path : str or Path
-        File to write; the extension ``.parquet`` selects Parquet, any other selects a pickle.
+        File to write: a pickle if the name ends in ``.pkl``, Parquet if it ends in ``.parquet``.
     table : pd.DataFrame
         Result of `extract`.
+
+    Raises
+    ------
+    UsageError
+        The name has another ending.
     """
     path = Path(path)
+    check_suffix(path)
     with replaced_whole(path, path.suffix) as temporary:
-        if path.suffix == PARQUET_SUFFIX:
+        if path.suffix.lower() == ".parquet":
             table.to_parquet(temporary, engine="pyarrow")
         else:
             # Column names as Python strings, like the index in `extract`.
             plain = table.copy(deep=False)
             plain.columns = table.columns.astype(object)
-            plain.to_pickle(temporary)
+            plain.to_pickle(temporary, compression=None, protocol=_PICKLE_PROTOCOL)
+
+
+def check_suffix(path: Path) -> None:
+    """Raise UsageError if the name of a table does not end in .pkl or .parquet."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--out {path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -143,8 +164,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         metavar="PATH",
         default="./excitations.pkl",
-        help="file to write: Parquet if the name ends in .parquet, otherwise a pickle; unlike a "
-        "pickle, Parquet cannot contain code (default: ./excitations.pkl)",
+        help="file to write: .pkl for a pickle, or .parquet for Parquet, which cannot contain code "
+        "(default: ./excitations.pkl)",
     )
     return cli.add_general(parser)
 
@@ -161,6 +182,7 @@ def _extract(arguments: argparse.Namespace) -> None:
             "model it was exported from"
         )
     output = Path(arguments.out)
+    check_suffix(output)
     cli.check_output(output)
     open_dataset(arguments.data_dir)  # report errors before the slow import of Keras
     if arguments.tags:

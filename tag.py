@@ -23,6 +23,7 @@ from toolkit.errors import AudioError, UsageError
 from toolkit.files import write_atomically
 from toolkit.models.tags import choose_tags
 from toolkit.prediction import DEFAULT_BATCH_SIZE, clip_mean, load
+from toolkit.provenance import as_text, describe
 from toolkit.tagging import find_files, tag_files
 
 import numpy as np
@@ -55,16 +56,11 @@ def write_taggram(
     write_atomically(Path(path), content.getvalue().encode())
 
 
-def _name(path: Path) -> str:
-    """Return a path as valid text, even if its bytes are not UTF-8."""
-    return os.fsencode(path).decode(errors="replace")
-
-
 def _table(path: Path, tags: tuple[str, ...], means: np.ndarray, top: int) -> str:
     order = np.argsort(-means, kind="stable")[:top]
     width = max(len(tags[tag]) for tag in order)
     lines = [f"  {tags[tag]:<{width}}  {means[tag]:.4f}" for tag in order]
-    return "\n".join([_name(path), *lines])
+    return "\n".join([as_text(path), *lines])
 
 
 def _csv_row(values: Iterable) -> str:
@@ -75,7 +71,7 @@ def _csv_row(values: Iterable) -> str:
 
 def _json_line(path: Path, tags: tuple[str, ...], means: np.ndarray, num_segments: int) -> str:
     values = {tag: round(float(mean), 6) for tag, mean in zip(tags, means, strict=True)}
-    line = {"path": _name(path), "segments": num_segments, "tags": values}
+    line = {"path": as_text(path), "segments": num_segments, "tags": values}
     return json.dumps(line, ensure_ascii=False)
 
 
@@ -100,9 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
         "audio",
         metavar="AUDIO",
         nargs="+",
-        help="an audio file, or a folder for all audio in it and its subfolders; audio shorter "
-        "than a segment is padded with silence, and samples after the last whole segment are "
-        "dropped",
+        help="an audio file, or a folder for all audio in it and its subfolders, also those that "
+        "links name; audio shorter than a segment is padded with silence, and samples after the "
+        "last whole segment are dropped",
     )
     read.add_argument(
         "--hop",
@@ -156,8 +152,8 @@ def _tag(arguments: argparse.Namespace) -> None:
     if arguments.csv or arguments.json:
         sys.stdout.reconfigure(encoding="utf-8")  # data, whatever the terminal shows
     cli.check_model(arguments.model_path)
-    files = find_files(arguments.audio)
-    if not files:
+    files, failed = find_files(arguments.audio)
+    if not files and not failed:
         raise UsageError(f"{', '.join(arguments.audio)}: no files found")
     for path, is_named in files:
         if is_named and (len(files) == 1 or not os.path.exists(path)):
@@ -166,10 +162,10 @@ def _tag(arguments: argparse.Namespace) -> None:
 
     checkpoint = load(arguments.model_path)
     tags = choose_tags(arguments.model_path, checkpoint, arguments.tags)
-    segment = checkpoint.config.num_samples
+    segment, rate = checkpoint.config.num_samples, checkpoint.sample_rate
     hop = arguments.hop or segment
     was_named = dict(files)
-    failed, num_skipped, num_tagged = [], 0, 0
+    num_skipped = num_tagged = 0
 
     def refused(path: Path, error: AudioError) -> None:
         nonlocal num_skipped
@@ -186,19 +182,19 @@ def _tag(arguments: argparse.Namespace) -> None:
         if arguments.csv:
             if not num_tagged:
                 _print(_csv_row(["path", *tags]))
-            _print(_csv_row([_name(path), *(f"{mean:.6f}" for mean in means)]))
+            _print(_csv_row([as_text(path), *(f"{mean:.6f}" for mean in means)]))
         elif arguments.json:
             _print(_json_line(path, tags, means, len(probabilities)))
         else:
             _print(("\n" if num_tagged else "") + _table(path, tags, means, arguments.top))
         num_tagged += 1
-        starts = np.arange(len(probabilities)) * hop / checkpoint.sample_rate
+        starts = np.arange(len(probabilities)) * hop / rate
         if arguments.save_taggram:
             write_taggram(arguments.save_taggram, tags, probabilities, starts)
         if arguments.taggram:
-            seconds, title = segment / checkpoint.sample_rate, _name(path.name)
+            provenance, seconds = describe(arguments.model_path, path, tags), segment / rate
             figures.plot_taggram(
-                arguments.taggram, tags, probabilities, starts, seconds, title, arguments.top
+                arguments.taggram, provenance, tags, probabilities, starts, seconds, arguments.top
             )
 
     if num_skipped:
@@ -208,7 +204,7 @@ def _tag(arguments: argparse.Namespace) -> None:
     if failed:
         for error in failed:
             messages.say(str(error))
-        raise AudioError(f"{len(failed):,} of the given files cannot be decoded")
+        raise AudioError(f"{len(failed):,} of the given files and folders cannot be read")
     if not num_tagged:
         raise AudioError(f"{', '.join(arguments.audio)}: no audio found")
 

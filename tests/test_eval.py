@@ -1,5 +1,6 @@
 """eval.py: printed scores, reports, comparisons and errors."""
 
+import errno
 import json
 import os
 import re
@@ -7,20 +8,35 @@ import shutil
 from dataclasses import replace
 
 import eval as eval_script
+import toolkit
 from input_data import Clip, open_dataset, read_clips
 from model import NetworkConfig, build_network
-from toolkit import reports
+from toolkit import figures, reports
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.evaluation import score
+from toolkit.files import write_atomically
 from toolkit.models.checkpoints import Checkpoint, load, save
 from toolkit.models.export import export
+from toolkit.provenance import describe, model_names
 
 import keras
 import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from shards import write_shard
 from sklearn.metrics import average_precision_score, roc_auc_score
+
+PROVENANCE = [
+    "model",
+    "checkpoint",
+    "dataset",
+    "tags_sha256",
+    "num_clips",
+    "test_sha256",
+    "toolkit",
+]
 
 
 def make_model(path, dataset, seed=0, **options):
@@ -76,7 +92,11 @@ def test_scores_are_printed_and_written_to_the_report(tiny_dataset, model_path, 
     metrics = json.loads((report / "metrics.json").read_text())
     assert metrics["roc_auc"] == pytest.approx(roc_auc, abs=1e-7)
     assert metrics["pr_auc"] == pytest.approx(pr_auc, abs=1e-7)
-    assert metrics["num_clips"] == len(clips)
+    provenance = {name: metrics[name] for name in PROVENANCE}
+    assert provenance | {"toolkit": toolkit.__version__} == provenance
+    assert (metrics["model"], metrics["checkpoint"]) == ("se", str(model_path))
+    assert (metrics["dataset"], metrics["num_clips"]) == (str(tiny_dataset), len(clips))
+    assert len(metrics["tags_sha256"]) == len(metrics["test_sha256"]) == 64
     assert metrics["num_tags"] == len(dataset.tags)
     assert metrics["num_tags_scored"] == sum(known)
     assert metrics["tags_not_scored"] == left_out
@@ -93,7 +113,7 @@ def test_scores_are_printed_and_written_to_the_report(tiny_dataset, model_path, 
         assert low <= metrics[metric] <= high
     assert metrics["intervals"] == {
         "confidence": 0.95,
-        "method": "percentiles of bootstrap resamples of the clips",
+        "method": "bias-corrected percentiles of bootstrap resamples of the clips",
         "resamples": 1000,
         "seed": 0,
     }
@@ -102,6 +122,7 @@ def test_scores_are_printed_and_written_to_the_report(tiny_dataset, model_path, 
     assert per_tag["roc_auc"].mean() == pytest.approx(roc_auc, abs=1e-6)
     assert per_tag["pr_auc"].mean() == pytest.approx(pr_auc, abs=1e-6)
 
+    assert json.loads(Image.open(report / "per_tag.png").text["Description"]) == [provenance]
     image = matplotlib.image.imread(report / "per_tag.png")
     assert image.shape[0] > 200 and image.shape[1] > 400
     assert image.std() > 0.01  # not blank
@@ -157,11 +178,12 @@ def test_models_are_compared_with_the_first(tiny_dataset, tmp_path, capsys):
         assert low < high and second[f"{metric}_difference"] != 0
         assert again[f"{metric}_difference"] == 0
         assert again[f"{metric}_difference_interval"] == [0, 0]
-    low, high = second["roc_auc_difference_interval"]
-    assert (
-        f"=> @ ROC AUC difference: {second['roc_auc_difference']:+.4f}, 95 % interval "
-        f"{low:+.4f} to {high:+.4f} ({names[1]} - {names[0]})"
-    ) in out
+    for metric, title in (("roc_auc", "ROC AUC"), ("pr_auc", "PR AUC")):
+        low, high = second[f"{metric}_difference_interval"]
+        assert (
+            f"=> @ {title} difference: {second[f'{metric}_difference']:+.4f}, 95 % interval "
+            f"{low:+.4f} to {high:+.4f} ({names[1]} - {names[0]})"
+        ) in out
 
     table = pd.read_csv(report / "comparison.csv")
     assert table["model"].tolist() == names[1:2] * len(dataset.tags) + names[2:] * len(dataset.tags)
@@ -170,12 +192,19 @@ def test_models_are_compared_with_the_first(tiny_dataset, tmp_path, capsys):
     np.testing.assert_allclose(
         of_second["difference"], of_second["roc_auc"] - of_second["baseline_roc_auc"], atol=2e-6
     )
+    np.testing.assert_allclose(
+        of_second["pr_auc_difference"],
+        of_second["pr_auc"] - of_second["baseline_pr_auc"],
+        atol=2e-6,
+    )
     known = of_second["roc_auc"].notna()
     assert (of_second["difference_low"] <= of_second["difference_high"])[known].all()
     assert (of_second["difference_low"] < of_second["difference_high"])[known].any()
     columns = ["difference", "difference_low", "difference_high"]
     assert (of_again[columns].to_numpy()[known] == 0).all()
 
+    drawn = json.loads(Image.open(report / "comparison.png").text["Description"])
+    assert drawn == [{name: model[name] for name in PROVENANCE} for model in comparison["models"]]
     image = matplotlib.image.imread(report / "comparison.png")
     assert image.shape[1] == 830 and image.std() > 0.01
 
@@ -184,8 +213,61 @@ def test_models_are_also_compared_without_a_report(tiny_dataset, model_path, tmp
     command = [str(model_path)] * 2 + ["--data-dir", str(tiny_dataset)]
     assert eval_script.main(command) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 5
-    assert out[-1].startswith("=> @ ROC AUC difference: +0.0000, 95 % interval +0.0000 to +0.0000")
+    assert len(out) == 6
+    for line, metric in zip(out[-2:], ("ROC AUC", "PR AUC"), strict=True):
+        assert line.startswith(f"=> @ {metric} difference: +0.0000, 95 % interval +0.0000 to +0.0")
+
+
+def test_the_report_of_another_model_is_replaced_and_named(
+    tiny_dataset, model_path, tmp_path, capsys
+):
+    dataset = open_dataset(tiny_dataset)
+    other = make_model(tmp_path / "other.keras", dataset, seed=1)
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "notes.txt").write_text("mine\n")
+    said = []
+    for model in (model_path, model_path, other):
+        command = [str(model), "--data-dir", str(tiny_dataset), "--report", str(report)]
+        assert eval_script.main(command) == 0
+        said.append([line for line in capsys.readouterr().err.splitlines() if "replaces" in line])
+    line = f"{report}: replaces the report of {model_path} on {tiny_dataset}"
+    assert said == [[], [], [line]]
+    assert json.loads((report / "metrics.json").read_text())["model"] == "other"
+    assert (report / "notes.txt").read_text() == "mine\n"
+
+
+def test_a_report_on_a_full_disk_names_the_file_and_leaves_no_part(
+    tiny_dataset, model_path, tmp_path, capsys, monkeypatch
+):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write(path, content):  # of the figure, after the other files
+        monkeypatch.setattr(os, "fsync", full)
+        write_atomically(path, content)
+
+    monkeypatch.setattr(figures, "write_atomically", write)
+    report = tmp_path / "report"
+    command = [str(model_path), "--data-dir", str(tiny_dataset), "--report", str(report)]
+    assert eval_script.main(command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"error: {report / 'per_tag.png'}: No space left on device")
+    written = sorted(path.name for path in report.iterdir())
+    assert written == ["metrics.json", "per_tag.csv", "predictions.csv"]
+
+
+def test_a_clip_whose_samples_are_not_finite_is_named(tiny_dataset, model_path, tmp_path, capsys):
+    data_dir = shutil.copytree(tiny_dataset, tmp_path / "data")
+    shard = open_dataset(data_dir).splits["test"].shards[0]
+    clips = list(read_clips([shard]))
+    samples = clips[1].segments.copy()
+    samples[0, 7] = np.nan
+    clips[1].segments = samples
+    write_shard(shard, clips, "test")
+    message = refused(capsys, 1, model_path, "--data-dir", data_dir)
+    assert f"{shard}: record " in message
+    assert f"clip {clips[1].clip_id} ({clips[1].mp3_path}): sample 7 is nan" in message
 
 
 @pytest.mark.parametrize(
@@ -201,8 +283,16 @@ def test_models_are_also_compared_without_a_report(tiny_dataset, model_path, tmp
     ],
 )
 def test_models_are_named_by_the_parts_of_their_paths_that_differ(paths, names):
-    found = reports.model_names(paths)
+    found = model_names(paths)
     assert [name.replace(os.sep, "-") for name in found] == names
+
+
+def test_the_name_of_a_model_stays_inside_the_report(tmp_path, monkeypatch):
+    folder = tmp_path / "a" / "b" / "1"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert model_names(["..", "../../0"]) == ["b", "a-0"]
+    assert model_names([".", "/"]) == ["b-1", "root"]
 
 
 def published_shards(golden, data_dir):
@@ -308,7 +398,9 @@ def test_tags_may_have_the_names_of_columns(tmp_path):
     ]
     predictions = np.linspace(0, 1, labels.size, dtype=np.float32).reshape(labels.shape)
     scores = score(labels, predictions)
-    reports.write_report(tmp_path, ("clip_id", "mp3_path"), clips, predictions, scores)
+    tags = ("clip_id", "mp3_path")
+    provenance = describe("m.keras", "data", tags, len(clips))
+    reports.write_report(tmp_path, provenance, tags, clips, predictions, scores)
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
     assert lines[0] == "clip_id,mp3_path,clip_id,mp3_path"
     assert lines[1].startswith("0,0.mp3,0.00000000,")

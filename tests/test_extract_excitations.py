@@ -58,6 +58,10 @@ def test_the_script_writes_a_pickle(tiny_dataset, tmp_path, capsys, monkeypatch)
         assert rows["depth"].tolist() == list(range(9))
         assert [len(ex) for ex in rows["ex"]] == [2, 2, 4, 4, 4, 4, 4, 4, 8]
         assert (rows[list(dataset.tags)].to_numpy() == clip.labels).all()
+    assert (table.attrs["model"], table.attrs["checkpoint"]) == ("se", str(model))
+    assert (table.attrs["dataset"], table.attrs["num_clips"]) == (str(tiny_dataset), 6)
+    # Arrays of NumPy 2 in a pickle of protocol 5 cannot be read by NumPy 1.26.
+    assert (tmp_path / "excitations.pkl").read_bytes()[:2] == b"\x80\x04"
     with open(tmp_path / "excitations.pkl", "rb") as file:
         assert pickle.load(file).equals(table)
     # The pickle can be read without pyarrow, as the published notebook does.
@@ -67,7 +71,7 @@ def test_the_script_writes_a_pickle(tiny_dataset, tmp_path, capsys, monkeypatch)
 def test_parquet_file_contains_the_same_table(tiny_dataset, tmp_path, capsys):
     model = make_model(tmp_path / "se.keras", open_dataset(tiny_dataset))
     expected = extract_excitations.extract(model, tiny_dataset)
-    path = tmp_path / "excitations.parquet"
+    path = tmp_path / "excitations.PARQUET"  # the case is ignored
     arguments = [str(model), "--data-dir", str(tiny_dataset), "--out", str(path)]
     assert extract_excitations.main(arguments) == 0
     assert f"{path}: 54 rows, 6 clips at 9 depths" in capsys.readouterr().err
@@ -76,6 +80,7 @@ def test_parquet_file_contains_the_same_table(tiny_dataset, tmp_path, capsys):
     for table in (pd.read_parquet(path), pd.read_pickle(tmp_path / "excitations.pkl")):
         assert list(table.columns) == list(expected.columns)
         assert table.index.names == ["clip_id", "mp3_path"]
+        assert table.attrs == expected.attrs
         assert table.index.tolist() == expected.index.tolist()
         for one, other in zip(table["ex"], expected["ex"], strict=True):
             assert one.dtype == np.float32
@@ -83,7 +88,7 @@ def test_parquet_file_contains_the_same_table(tiny_dataset, tmp_path, capsys):
         for column in expected.columns[1:]:
             assert table[column].tolist() == expected[column].tolist()
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["excitations.parquet", "excitations.pkl", "se.keras"]
+    assert written == ["excitations.PARQUET", "excitations.pkl", "se.keras"]
 
 
 @pytest.mark.parametrize("tag", ["ex", "depth", "clip_id", "segment", "rms"])
@@ -135,6 +140,9 @@ def test_missing_files_and_folders_are_errors_of_one_line(tiny_dataset, golden, 
     )
     assert "none.keras" in refused(capsys, 2, tmp_path / "none.keras")
     assert "nowhere" in refused(capsys, 2, model, "--data-dir", tmp_path / "nowhere")
+    out = tmp_path / "x.csv"
+    message = refused(capsys, 2, model, "--data-dir", tiny_dataset, "--out", out)
+    assert message.endswith(f"--out {out}: expected a name that ends in .pkl or .parquet")
     out = tmp_path / "no" / "x.pkl"
     assert str(out) in refused(capsys, 2, model, "--data-dir", tiny_dataset, "--out", out)
     assert not list(tmp_path.glob("*.pkl"))

@@ -1,6 +1,7 @@
 """tag.py: the tags of whole audio files in every output format, and errors."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from toolkit.data.audio import decode, decode_pieces
 from toolkit.errors import AudioError
 from toolkit.models.checkpoints import Checkpoint, load, save
 from toolkit.models.export import export
+from toolkit.provenance import describe
 
 import keras
 import matplotlib.image
@@ -245,8 +247,10 @@ def test_taggrams_are_drawn_and_saved(folder, model_path, tmp_path, capsys):
     run(capsys, model_path, folder / "c.flac", "--taggram", taller, "--top", "6")
     assert matplotlib.image.imread(taller, format="png").shape[0] > height
     run(capsys, model_path, folder / "c.flac", "--taggram", tmp_path / "c.svg")
-    assert "<svg" in (tmp_path / "c.svg").read_text()
-    assert len(list(tmp_path.iterdir())) == 4
+    assert all(text in (tmp_path / "c.svg").read_text() for text in ("<svg", "tags_sha256"))
+    run(capsys, model_path, folder / "c.flac", "--taggram", tmp_path / "c.pdf")
+    assert b"tags_sha256" in (tmp_path / "c.pdf").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_the_taggram_shows_the_tags_with_the_largest_means(tmp_path):
@@ -255,14 +259,47 @@ def test_the_taggram_shows_the_tags_with_the_largest_means(tmp_path):
     probabilities[:, 3] = 1
     starts = np.arange(7.0)
     pictures = []
+    provenance = describe("m.keras", "x" * 500, TAGS)
     for name, top in (("one.png", 1), ("all.png", 99)):
-        figures.plot_taggram(tmp_path / name, TAGS, probabilities, starts, 1, "x" * 500, top)
+        figures.plot_taggram(tmp_path / name, provenance, TAGS, probabilities, starts, 1, top)
         pictures.append(matplotlib.image.imread(tmp_path / name)[..., :3])
     yellow = np.array([253, 231, 37]) / 255  # a probability of 1 in the colormap viridis
     shares = [
         (np.abs(picture[:, 150:650] - yellow).max(axis=-1) < 0.02).mean() for picture in pictures
     ]
     assert shares[0] > 0.12 and 0.03 < shares[1] < shares[0]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_after_the_files(
+    folder, model_path, capsys, monkeypatch
+):
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path) == folder / "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    out, said = run(capsys, model_path, folder, "--json", status=1)
+    assert [line["path"] for line in json_lines(out)] == [
+        str(folder / "a.wav"),
+        str(folder / "c.flac"),
+    ]
+    assert said[-1] == f"tag.py: error: {folder / 'b'}: cannot be read: Permission denied"
+
+
+def test_linked_folders_are_read_once(folder, tmp_path):
+    music = tmp_path / "music"
+    (music / "own").mkdir(parents=True)
+    shutil.copy(folder / "c.flac", music / "own")
+    (music / "again").symlink_to(music / "own")
+    (music / "own" / "loop").symlink_to(music)
+    (music / "linked").symlink_to(folder)
+    found, errors = tagging.find_files([music])
+    names = ["a.wav", "b/cover.txt", "b/deep/one.mp3", "c.flac", "z.empty"]
+    expected = [*(music / "linked" / name for name in names), music / "own" / "c.flac"]
+    assert [path for path, _ in found] == expected and errors == []
 
 
 def test_a_given_file_that_cannot_be_decoded_is_an_error_after_the_other_files(
@@ -277,7 +314,7 @@ def test_a_given_file_that_cannot_be_decoded_is_an_error_after_the_other_files(
     out, said = run(capsys, model_path, text, other, folder / "c.flac", "--csv", status=1)
     assert len(out.splitlines()) == 2
     assert said[0].startswith(f"{text}: ") and said[1].startswith(f"{other}: ")
-    assert said[2:] == ["tag.py: error: 2 of the given files cannot be decoded"]
+    assert said[2:] == ["tag.py: error: 2 of the given files and folders cannot be read"]
 
 
 def test_a_missing_file_is_named_before_others_are_tagged(folder, model_path, tmp_path, capsys):

@@ -4,6 +4,7 @@ The figures are drawn without pyplot, so that they need no display and work in a
 """
 
 import io
+import json
 import math
 import unicodedata
 import warnings
@@ -11,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from toolkit import messages
 from toolkit.evaluation import CONFIDENCE, Resamples, Scores, interval
 from toolkit.files import write_atomically
 from toolkit.prediction import clip_mean
+from toolkit.provenance import Provenance
 
 import numpy as np
 
@@ -37,14 +39,16 @@ _FEW_POSITIVES = 10
 
 
 def plot_training(
-    path: str | Path | BinaryIO, histories: dict[int, list[dict[str, float]]]
+    path: str | Path, provenance: Provenance, histories: dict[int, list[dict[str, float]]]
 ) -> None:
     """Draw losses and validation scores over the epochs of all stages.
 
     Parameters
     ----------
-    path : str or Path or binary file
+    path : str or Path
         Picture to write.
+    provenance : Provenance
+        Best checkpoint of the last stage, and the validation clips.
     histories : dict of int to list of dict
         Rows of ``training.csv`` of each stage, in order; every stage has at least one row.
     """
@@ -91,7 +95,37 @@ def plot_training(
     bottom.set_xlim(0.5, len(rows) + 0.5)
     top.legend(frameon=False, fontsize="small")
     bottom.legend(frameon=False, fontsize="small")
-    _savefig(figure, path, format="png")
+    _save(figure, path, provenance)
+
+
+def _save(figure: "Figure", path: str | Path, *provenances: Provenance) -> None:
+    """Write a figure completely or not at all, in fonts that have its characters.
+
+    The figure shows model, dataset and number of clips. The metadata of the file contains all of
+    the provenance.
+    """
+    from matplotlib.text import Text
+
+    line = provenances[0].data
+    if len(provenances) == 1:  # several models are in the legend
+        line = f"{provenances[0].model}: {line}"
+    figure.supxlabel(_shorten(line), x=0.01, ha="left", fontsize="small", parse_math=False)
+    texts = figure.findobj(Text)
+    families = choose_fonts(text.get_text() for text in texts)
+    for text in texts:
+        text.set_fontfamily(families)
+    picture_format = Path(path).suffix[1:].lower()
+    key = "Subject" if picture_format == "pdf" else "Description"  # names that the formats define
+    found = json.dumps([provenance.to_json() for provenance in provenances])
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # said by choose_fonts
+        figure.savefig(content, format=picture_format, metadata={key: found})
+    write_atomically(path, content.getvalue())
+
+
+def _shorten(line: str) -> str:
+    return line if len(line) <= 90 else f"{line[:89]}…"
 
 
 def _tag_rows(tags: tuple[str, ...], positives: np.ndarray, order: np.ndarray) -> list[str]:
@@ -102,7 +136,7 @@ def _draw_rows(num_rows: int, row_height: float, width_ratios: Sequence[float]):
     """Create a figure of two panels side by side that share one row per tag."""
     from matplotlib.figure import Figure
 
-    height = max(2.6, 1.4 + row_height * num_rows)
+    height = max(2.8, 1.6 + row_height * num_rows)
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, width_ratios=width_ratios)
     for axes in panels:
@@ -137,7 +171,11 @@ def _draw_intervals(
 
 
 def plot_tags(
-    path: str | Path, tags: tuple[str, ...], num_clips: int, scores: Scores, resamples: Resamples
+    path: str | Path,
+    provenance: Provenance,
+    tags: tuple[str, ...],
+    scores: Scores,
+    resamples: Resamples,
 ) -> None:
     """Draw the scores of each tag with their intervals; the best tag is on top.
 
@@ -145,10 +183,10 @@ def plot_tags(
     ----------
     path : str or Path
         Picture to write.
+    provenance : Provenance
+        Model, dataset and number of test clips.
     tags : tuple of str
         Names of the tags, in the model's order.
-    num_clips : int
-        Number of test clips.
     scores : Scores
         Scores of the model.
     resamples : Resamples
@@ -178,10 +216,15 @@ def plot_tags(
     left.set_xlim(lowest - 0.01, 1.005)
     right.set_xlim(0, 1.01)
     right.scatter(
-        scores.positives[order] / num_clips, rows, marker="|", color="0.4", s=30, linewidths=1
+        scores.positives[order] / provenance.num_clips,
+        rows,
+        marker="|",
+        color="0.4",
+        s=30,
+        linewidths=1,
     )
     left.set_yticks(rows, _tag_rows(tags, scores.positives, order), fontsize=8)
-    left.set_ylabel(f"tag (positive clips of {num_clips:,})")
+    left.set_ylabel(f"tag (positive clips of {provenance.num_clips:,})")
     marker = {"marker": "o", "color": _COLOURS[0], "linewidth": 1.6, "markersize": 5}
     handles = [
         Line2D([], [], **marker),
@@ -201,13 +244,13 @@ def plot_tags(
     side_by_side = {tuple: HandlerTuple(ndivide=None)}  # the two marks of chance
     place = {"loc": "outside upper center", "frameon": False, "fontsize": "small"}
     figure.legend(handles, names, ncols=4, handler_map=side_by_side, **place)
-    _savefig(figure, path)
+    _save(figure, path, provenance)
 
 
 def plot_comparison(
     path: str | Path,
+    provenances: Sequence[Provenance],
     tags: tuple[str, ...],
-    names: Sequence[str],
     scores: Sequence[Scores],
     resamples: Sequence[Resamples],
 ) -> None:
@@ -217,10 +260,10 @@ def plot_comparison(
     ----------
     path : str or Path
         Picture to write.
+    provenances : sequence of Provenance
+        The models on the same dataset.
     tags : tuple of str
         Names of the tags, in the models' order.
-    names : sequence of str
-        Names of the models.
     scores : sequence of Scores
         Scores of each model.
     resamples : sequence of Resamples
@@ -232,6 +275,7 @@ def plot_comparison(
     last = scores[-1].roc_auc - scores[0].roc_auc
     order = known[np.argsort(last[known], kind="stable")]
     rows = np.arange(len(order))
+    names = [provenance.model for provenance in provenances]
     num_models = len(names)
     figure, (left, right) = _draw_rows(len(order), 0.07 + 0.06 * num_models, (1, 1.2))
     is_filled = scores[0].positives[order] >= _FEW_POSITIVES
@@ -248,7 +292,8 @@ def plot_comparison(
             continue
         # Within a row, each model is drawn below the previous one.
         shift = 0.8 * ((num_models / 2 - model) / (num_models - 1))
-        ends = interval(resamples[model].roc_auc[:, order] - resamples[0].roc_auc[:, order])
+        differences = (resamples[model] - resamples[0]).roc_auc[:, order]
+        ends = interval(differences, lowest=-1)
         _draw_intervals(right, rows + shift, values[model] - values[0], ends, is_filled, model)
     right.axvline(0, color="0.4", linewidth=1)
     left.set_yticks(rows, _tag_rows(tags, scores[0].positives, order), fontsize=8)
@@ -259,9 +304,9 @@ def plot_comparison(
         f"(hollow: under {_FEW_POSITIVES} positive clips, interval unreliable)"
     )
     if num_models == 2:
-        low, high = interval(resamples[1].macro_roc_auc - resamples[0].macro_roc_auc)
-        mean = scores[1].macro_roc_auc - scores[0].macro_roc_auc
-        right.set_title(f"mean {mean:+.4f} ({low:+.4f} to {high:+.4f})", fontsize="medium")
+        macro = (resamples[1] - resamples[0]).macro_roc_auc
+        low, high = interval(macro, lowest=-1)
+        right.set_title(f"mean {macro[0]:+.4f} ({low:+.4f} to {high:+.4f})", fontsize="medium")
     looks = map(_look, range(num_models))
     handles = [Line2D([], [], linestyle="", color=c, marker=m) for c, m in looks]
     labels = [
@@ -270,16 +315,16 @@ def plot_comparison(
     figure.legend(
         handles, labels, loc="outside upper center", ncols=min(num_models, 3), frameon=False
     )
-    _savefig(figure, path)
+    _save(figure, path, *provenances)
 
 
 def plot_taggram(
     path: str | Path,
+    provenance: Provenance,
     tags: tuple[str, ...],
     probabilities: np.ndarray,
     starts: np.ndarray,
     segment_seconds: float,
-    title: str = "",
     top: int = 10,
 ) -> None:
     """Draw tags over time as a heat map.
@@ -288,6 +333,8 @@ def plot_taggram(
     ----------
     path : str or Path
         Picture to write, with an extension of `PICTURE_FORMATS`.
+    provenance : Provenance
+        Model and audio file.
     tags : tuple of str
         Names of the tags, in the model's order.
     probabilities : np.ndarray [shape=(n_segments, n_tags)]
@@ -296,8 +343,6 @@ def plot_taggram(
         Start of each segment, in seconds.
     segment_seconds : float
         Length of a segment, in seconds. Overlapping segments are drawn around their centres.
-    title : str
-        Title of the figure.
     top : int
         Number of tags to draw, those with the largest mean.
     """
@@ -306,7 +351,7 @@ def plot_taggram(
     order = np.argsort(-clip_mean(probabilities), kind="stable")[:top]
     step = starts[1] - starts[0] if len(starts) > 1 else segment_seconds
     left = starts[0] + (segment_seconds - step) / 2
-    height = 1.5 + 0.22 * len(order)
+    height = 1.75 + 0.22 * len(order)
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
@@ -322,25 +367,10 @@ def plot_taggram(
     axes.tick_params(axis="y", length=0)
     axes.set_ylabel("tag, by mean probability")
     axes.set_xlabel("time (s)")
-    title = title if len(title) <= 90 else f"{title[:89]}…"
-    axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
     figure.colorbar(image, ax=axes, label="probability", pad=0.02)
-    content = io.BytesIO()
-    _savefig(figure, content, format=Path(path).suffix[1:].lower())
-    write_atomically(Path(path), content.getvalue())
-
-
-def _savefig(figure: "Figure", file: str | Path | BinaryIO, **options) -> None:
-    """Write a figure in fonts that have all of its characters, as far as any installed font has."""
-    from matplotlib.text import Text
-
-    texts = figure.findobj(Text)
-    families = choose_fonts(text.get_text() for text in texts)
-    for text in texts:
-        text.set_fontfamily(families)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # said by choose_fonts
-        figure.savefig(file, **options)
+    title = _shorten(Path(provenance.dataset).name)
+    axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
+    _save(figure, path, provenance)
 
 
 def choose_fonts(texts: Iterable[str]) -> list[str]:

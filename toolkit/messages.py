@@ -38,8 +38,9 @@ class _LogProgress(tqdm):
     """Progress as whole lines, for a stderr that is a file or a pipe."""
 
     def display(self, msg=None, pos=None):
-        # Print nothing for work that is finished before the first line is due.
-        if self.n > self.initial and self._time() - self.start_t >= self.mininterval:
+        # Print nothing for work that is finished before the first line is due, and not after each
+        # line that tqdm.write prints.
+        if self.n > self.initial and self._time() - self.last_print_t >= self.mininterval:
             sys.stderr.write(f"{self}\n")
             sys.stderr.flush()
 

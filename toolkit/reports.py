@@ -2,19 +2,29 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from input_data import Clip
-from toolkit import figures
+from toolkit import figures, messages
 from toolkit.evaluation import CONFIDENCE, NUM_RESAMPLES, Resamples, Scores, bootstrap, interval
+from toolkit.files import write_atomically
+from toolkit.provenance import Provenance
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Fields of the provenance that identify what a report is of.
+_IDENTITY = ("checkpoint", "dataset", "tags_sha256", "test_sha256")
 
 
 def write_report(
     folder: str | Path,
+    provenance: Provenance,
     tags: tuple[str, ...],
     clips: list[Clip],
     predictions: np.ndarray,
@@ -26,7 +36,10 @@ def write_report(
     Parameters
     ----------
     folder : str or Path
-        Folder to write to; created if it does not exist.
+        Folder to write to; created if it does not exist. Other files in the folder are kept. If
+        the report of another model or dataset is replaced, a message is printed.
+    provenance : Provenance
+        Model and dataset.
     tags : tuple of str
         Names of the tags, in the model's order.
     clips : list of Clip
@@ -47,14 +60,14 @@ def write_report(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    _say_replaced(folder / "metrics.json", [provenance])
     resamples = bootstrap(np.array([clip.labels for clip in clips]), predictions, seed=seed)
-    metrics = {
+    metrics = provenance.to_json() | {
         "roc_auc": _or_none(scores.macro_roc_auc),
         "roc_auc_interval": _ends(resamples.macro_roc_auc),
         "pr_auc": _or_none(scores.macro_pr_auc),
         "pr_auc_interval": _ends(resamples.macro_pr_auc),
         "intervals": _method(seed),
-        "num_clips": len(clips),
         "num_tags": len(tags),
         "num_tags_scored": int((~np.isnan(scores.roc_auc)).sum()),
         "tags_not_scored": tags_without_score(tags, scores),
@@ -62,23 +75,23 @@ def write_report(
     _write_json(folder / "metrics.json", metrics)
     columns = {"tag": tags, "positives": scores.positives}
     for metric in ("roc_auc", "pr_auc"):
-        low, high = interval(getattr(resamples, metric))
         columns[metric] = getattr(scores, metric)
+        low, high = interval(getattr(resamples, metric))
         columns |= {f"{metric}_low": low, f"{metric}_high": high}
-    pd.DataFrame(columns).to_csv(folder / "per_tag.csv", index=False, float_format="%.6f")
+    _write_csv(folder / "per_tag.csv", pd.DataFrame(columns), "%.6f")
     table = pd.DataFrame(predictions, columns=list(tags))
     # Duplicates are allowed because a tag may have one of these names.
     table.insert(0, "clip_id", [clip.clip_id for clip in clips], allow_duplicates=True)
     table.insert(1, "mp3_path", [clip.mp3_path for clip in clips], allow_duplicates=True)
-    table.to_csv(folder / "predictions.csv", index=False, float_format="%.8f")
-    figures.plot_tags(folder / "per_tag.png", tags, len(clips), scores, resamples)
+    _write_csv(folder / "predictions.csv", table, "%.8f")
+    figures.plot_tags(folder / "per_tag.png", provenance, tags, scores, resamples)
     return resamples
 
 
 def write_comparison(
     folder: str | Path,
+    provenances: Sequence[Provenance],
     tags: tuple[str, ...],
-    names: Sequence[str],
     scores: Sequence[Scores],
     resamples: Sequence[Resamples],
     seed: int = 0,
@@ -88,11 +101,11 @@ def write_comparison(
     Parameters
     ----------
     folder : str or Path
-        Folder to write to; created if it does not exist.
+        Folder to write to, as for `write_report`.
+    provenances : sequence of Provenance
+        The models on the same dataset. The others are compared with the first.
     tags : tuple of str
         Names of the tags, in the models' order.
-    names : sequence of str
-        Names of the models. The others are compared with the first.
     scores : sequence of Scores
         Scores of each model.
     resamples : sequence of Resamples
@@ -104,41 +117,37 @@ def write_comparison(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    _say_replaced(folder / "comparison.json", provenances)
     tables, comparisons = [], []
-    for number, name in enumerate(names):
-        comparison = {"model": name}
-        for metric in ("roc_auc", "pr_auc"):
-            value, first = (getattr(scores[i], f"macro_{metric}") for i in (number, 0))
-            drawn, drawn_first = (getattr(resamples[i], f"macro_{metric}") for i in (number, 0))
+    for provenance, of_model, drawn in zip(provenances, scores, resamples, strict=True):
+        difference = drawn - resamples[0]
+        comparison = provenance.to_json()
+        columns = {"tag": tags, "positives": of_model.positives}
+        columns |= {"model": provenance.model, "baseline": provenances[0].model}
+        # The columns of the difference in ROC AUC are older than those in PR AUC.
+        for metric, prefix in (("roc_auc", ""), ("pr_auc", "pr_auc_")):
+            macro_difference = getattr(difference, f"macro_{metric}")
             comparison |= {
-                metric: _or_none(value),
-                f"{metric}_interval": _ends(drawn),
-                f"{metric}_difference": _or_none(value - first),
-                f"{metric}_difference_interval": _ends(drawn - drawn_first),
+                metric: _or_none(getattr(of_model, f"macro_{metric}")),
+                f"{metric}_interval": _ends(getattr(drawn, f"macro_{metric}")),
+                f"{metric}_difference": _or_none(macro_difference[0]),
+                f"{metric}_difference_interval": _ends(macro_difference, lowest=-1),
+            }
+            by_tag = getattr(difference, metric)
+            low, high = interval(by_tag, lowest=-1)
+            columns |= {
+                metric: getattr(of_model, metric),
+                f"baseline_{metric}": getattr(scores[0], metric),
+                f"{prefix}difference": by_tag[0],
+                f"{prefix}difference_low": low,
+                f"{prefix}difference_high": high,
             }
         comparisons.append(comparison)
-        if number == 0:
-            continue
-        low, high = interval(resamples[number].roc_auc - resamples[0].roc_auc)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "tag": tags,
-                    "positives": scores[number].positives,
-                    "model": name,
-                    "roc_auc": scores[number].roc_auc,
-                    "baseline": names[0],
-                    "baseline_roc_auc": scores[0].roc_auc,
-                    "difference": scores[number].roc_auc - scores[0].roc_auc,
-                    "difference_low": low,
-                    "difference_high": high,
-                }
-            )
-        )
-    found = {"baseline": names[0], "models": comparisons, "intervals": _method(seed)}
+        tables.append(pd.DataFrame(columns))
+    found = {"baseline": provenances[0].model, "models": comparisons, "intervals": _method(seed)}
     _write_json(folder / "comparison.json", found)
-    pd.concat(tables).to_csv(folder / "comparison.csv", index=False, float_format="%.6f")
-    figures.plot_comparison(folder / "comparison.png", tags, names, scores, resamples)
+    _write_csv(folder / "comparison.csv", pd.concat(tables[1:]), "%.6f")
+    figures.plot_comparison(folder / "comparison.png", provenances, tags, scores, resamples)
 
 
 def tags_without_score(tags: tuple[str, ...], scores: Scores) -> list[str]:
@@ -146,33 +155,21 @@ def tags_without_score(tags: tuple[str, ...], scores: Scores) -> list[str]:
     return [tag for tag, value in zip(tags, scores.roc_auc, strict=True) if np.isnan(value)]
 
 
-def model_names(paths: Sequence[str | Path]) -> list[str]:
-    """Name models by the last parts of their paths, with as many parts as make the names unique.
-
-    A stage's folder is a number, so its parent is always part of the name: ``log/1`` is ``log-1``.
-    """
-    parts = {}
-    for path in paths:
-        absolute = Path(path).absolute()
-        if absolute.suffix in (".keras", ".hdf5", ".h5"):
-            absolute = absolute.with_suffix("")
-        parts[path] = absolute.parts[1:] or ("root",)
-    lengths = {path: 1 + part[-1].isdigit() for path, part in parts.items()}
-    while True:
-        names = {path: "-".join(part[-lengths[path] :]) for path, part in parts.items()}
-        taken = Counter(names.values())
-        longer = {
-            path: lengths[path] + (taken[names[path]] > 1 and lengths[path] < len(part))
-            for path, part in parts.items()
-        }
-        if longer == lengths:
-            break
-        lengths = longer
-    result = []
-    for path in paths:
-        repeats = result.count(names[path])  # the same model is given twice
-        result.append(names[path] + (f"-{len(result) + 1}" if repeats else ""))
-    return result
+def _say_replaced(path: Path, provenances: Sequence[Provenance]) -> None:
+    """Say that a report is replaced, unless it is one of the same models and dataset."""
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        models = content.get("models", [content])
+        before = [tuple(model[name] for name in _IDENTITY) for model in models]
+    except (ValueError, AttributeError, KeyError, TypeError):
+        messages.say(f"{path.parent}: replaces a report that does not name its model")
+        return
+    now = [tuple(getattr(provenance, name) for name in _IDENTITY) for provenance in provenances]
+    if before != now:
+        models = ", ".join(f"{checkpoint} on {dataset}" for checkpoint, dataset, *_ in before)
+        messages.say(f"{path.parent}: replaces the report of {models}")
 
 
 def _or_none(value: float) -> float | None:
@@ -180,18 +177,23 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _ends(values: np.ndarray) -> list[float | None]:
-    return [_or_none(end) for end in interval(values)]
+def _ends(rows: np.ndarray, lowest: float = 0) -> list[float | None]:
+    return [_or_none(end) for end in interval(rows, lowest)]
 
 
 def _method(seed: int) -> dict:
     return {
         "confidence": CONFIDENCE,
-        "method": "percentiles of bootstrap resamples of the clips",
+        "method": "bias-corrected percentiles of bootstrap resamples of the clips",
         "resamples": NUM_RESAMPLES,
         "seed": seed,
     }
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    content |= {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _write_csv(path: Path, table: "pd.DataFrame", number_format: str) -> None:
+    write_atomically(path, table.to_csv(index=False, float_format=number_format).encode())

@@ -8,6 +8,7 @@ One thread decodes the next files, long ones in parts, while the network predict
 across files.
 """
 
+import errno
 import os
 import queue
 import threading
@@ -25,7 +26,7 @@ from toolkit.prediction import DEFAULT_BATCH_SIZE, compile_for_prediction, predi
 import numpy as np
 
 
-def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
+def find_files(paths: Iterable[str | Path]) -> tuple[list[tuple[Path, bool]], list[AudioError]]:
     """List files, and all files in folders.
 
     Parameters
@@ -35,17 +36,38 @@ def find_files(paths: Iterable[str | Path]) -> list[tuple[Path, bool]]:
 
     Returns
     -------
-    list of (Path, bool)
-        Files in the given order. Files of a folder and its subfolders are sorted; links to folders
-        are not followed. The second value is True if the file itself was given.
+    files : list of (Path, bool)
+        Files in the given order. Files of a folder and its subfolders are sorted. Each folder that
+        links name is read once. The second value is True if the file itself was given.
+    errors : list of AudioError
+        Folders that cannot be read.
     """
-    files = []
+    files, errors = [], []
     for path in map(Path, paths):
         if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-            files += [(found, False) for found in sorted(path.rglob("*")) if found.is_file()]
+            files += [(found, False) for found in sorted(_walk(path, errors))]
         else:
             files.append((path, True))
-    return files
+    return files, errors
+
+
+def _walk(folder: Path, errors: list[AudioError]) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders, and then those of linked folders."""
+
+    def refuse(error: OSError) -> None:
+        errors.append(AudioError(f"{error.filename}: cannot be read: {error.strerror}"))
+
+    seen, starts = set(), [folder]
+    for start in starts:  # links are appended
+        for root, folders, names in os.walk(start, onerror=refuse):
+            if os.path.realpath(root) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(root))
+            if not os.access(root, os.X_OK):  # its names can be listed, but no file opened
+                refuse(PermissionError(errno.EACCES, "Permission denied", root))
+            starts += filter(Path.is_symlink, (Path(root, name) for name in folders))
+            yield from filter(os.path.isfile, (Path(root, name) for name in names))
 
 
 def tag_files(

@@ -17,6 +17,7 @@ from toolkit.errors import TrainingError, UsageError
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint, checkpoint_name, find_best, save
 from toolkit.models.config import NetworkConfig
+from toolkit.provenance import describe
 from toolkit.training import history
 from toolkit.training.loop import compile_trainer
 from toolkit.training.options import TrainingOptions
@@ -229,20 +230,22 @@ def test_missing_events_are_written_when_a_stage_resumes(tmp_path):
     assert steps == [0, 1, 2]
 
 
-def test_picture_is_drawn_from_the_histories_of_all_stages(trained, log):
+def test_picture_is_drawn_from_the_histories_of_all_stages(tiny_dataset, trained, log):
     picture = matplotlib.image.imread(trained / "training.png")
     assert picture.shape == (520, 830, 4)
     assert picture.std() > 0.01  # not blank
     drawn = (log / "training.png").read_bytes()
-    assert history.plot_training(log) == log / "training.png"
+    dataset = open_dataset(tiny_dataset)
+    provenance = describe(trained / "1", tiny_dataset, dataset.tags, 6)
+    assert history.plot_training(log, provenance) == log / "training.png"
     assert (log / "training.png").read_bytes() == drawn
     shutil.rmtree(log / "1")
-    history.plot_training(log)
+    history.plot_training(log, provenance)
     of_one_stage = (log / "training.png").read_bytes()
     assert of_one_stage != drawn
     rows = (log / "0" / "training.csv").read_text().splitlines()
     (log / "0" / "training.csv").write_text("\n".join(rows[:-1]) + "\n")
-    history.plot_training(log)
+    history.plot_training(log, provenance)
     assert (log / "training.png").read_bytes() not in (drawn, of_one_stage)
 
 
@@ -251,7 +254,7 @@ def test_picture_is_drawn_after_every_epoch_and_may_fail(
 ):
     drawn = []
 
-    def plot(path, histories):
+    def plot(path, provenance, histories):
         drawn.append({stage: len(rows) for stage, rows in histories.items()})
         raise ValueError("no colours")
 

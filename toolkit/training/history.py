@@ -1,12 +1,12 @@
 """The history of a training: ``training.csv``, TensorBoard events and ``training.png``."""
 
 import csv
-import io
 import time
 from pathlib import Path
 
 from toolkit import figures, messages
 from toolkit.files import write_atomically
+from toolkit.provenance import Provenance
 
 HISTORY_NAME = "training.csv"
 PICTURE_NAME = "training.png"  # shows all stages; is in the folder that contains their folders
@@ -25,13 +25,15 @@ def read_history(path: str | Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def plot_training(train_dir: str | Path) -> Path:
+def plot_training(train_dir: str | Path, provenance: Provenance) -> Path:
     """Draw ``training.png`` from the ``training.csv`` of every stage.
 
     Parameters
     ----------
     train_dir : str or Path
         Folder that contains the folders of the stages, and to which the picture is written.
+    provenance : Provenance
+        Best checkpoint of the last stage, and the validation clips.
 
     Returns
     -------
@@ -44,18 +46,15 @@ def plot_training(train_dir: str | Path) -> Path:
         for path in train_dir.glob(f"*/{HISTORY_NAME}")
         if path.parent.name.isdecimal()
     }
-    drawn = io.BytesIO()
-    figures.plot_training(
-        drawn, {stage: histories[stage] for stage in sorted(histories) if histories[stage]}
-    )
-    write_atomically(train_dir / PICTURE_NAME, drawn.getvalue())
+    histories = {stage: histories[stage] for stage in sorted(histories) if histories[stage]}
+    figures.plot_training(train_dir / PICTURE_NAME, provenance, histories)
     return train_dir / PICTURE_NAME
 
 
-def update_picture(train_dir: Path) -> None:
+def update_picture(train_dir: Path, provenance: Provenance) -> None:
     """Draw ``training.png``; report an error without ending the training."""
     try:
-        plot_training(train_dir)
+        plot_training(train_dir, provenance)
     except Exception as error:
         messages.say(f"{train_dir / PICTURE_NAME}: cannot be drawn: {error}")
 

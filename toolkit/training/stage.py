@@ -14,6 +14,7 @@ from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.config import NetworkConfig
 from toolkit.prediction import load_for_dataset
+from toolkit.provenance import describe
 from toolkit.signals import StopRequest
 from toolkit.training.devices import Job
 from toolkit.training.history import HISTORY_NAME, EventLog, update_picture, write_history
@@ -299,4 +300,5 @@ def _complete_files(run: Run, stage: int, state: StageState, checkpoint: Checkpo
     if state.epochs_without_improvement == 0 and not best.exists():
         checkpoints.save(best, checkpoint)
     write_history(stage_dir / HISTORY_NAME, state.history)
-    update_picture(run.train_dir)
+    clips = run.dataset.splits["val"].num_clips
+    update_picture(run.train_dir, describe(stage_dir, run.dataset.path, run.dataset.tags, clips))

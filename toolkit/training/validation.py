@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from input_data import hash_dataset
 from toolkit.errors import TrainingError
 from toolkit.evaluation import Scores, binary_crossentropy, score
 from toolkit.files import write_atomically
 from toolkit.models import checkpoints
 from toolkit.prediction import clip_mean, predict_split
+from toolkit.provenance import describe
 from toolkit.training.stage import Run
 from toolkit.training.state import TEST_NAME, StageState, best_checkpoint
 
@@ -84,7 +86,9 @@ def test_best(run: Run, stage: int, state: StageState) -> Scores | None:
     network.compile(jit_compile=run.jit)
     labels, predictions = _predict_split(run, make_predictor(run, network), "test", "testing")
     scores = _score_clips(labels, predictions)
-    result = {
+    data, test_hash = run.dataset, hash_dataset(run.dataset, ["test"])
+    provenance = describe(run.stage_dir(stage), data.path, data.tags, len(labels), test_hash)
+    result = provenance.to_json() | {
         "checkpoint": best.name,
         "roc_auc": _or_null(scores.macro_roc_auc),
         "pr_auc": _or_null(scores.macro_pr_auc),

@@ -1,0 +1,122 @@
+"""What a result was computed from. All reports, tables and figures carry this."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import toolkit
+from toolkit import messages
+from toolkit.models import checkpoints
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a result was computed from. Paths are those that the user gave.
+
+    Attributes
+    ----------
+    model : str
+        Name of the model (see `model_names`).
+    checkpoint : str
+        Path of the model file.
+    dataset : str
+        Path of the dataset, or of the tagged audio file.
+    tags_sha256 : str
+        Hash of the tags in the order of the outputs.
+    num_clips : int or None
+        Number of clips; None if it is unknown.
+    test_sha256 : str or None
+        Hash of the test shards (see `input_data.hash_dataset`); None for other data.
+    toolkit : str
+        Version of the toolkit.
+    """
+
+    model: str
+    checkpoint: str
+    dataset: str
+    tags_sha256: str
+    num_clips: int | None
+    test_sha256: str | None
+    toolkit: str = toolkit.__version__
+
+    def to_json(self) -> dict:
+        """Return the fields as a JSON-serialisable dict."""
+        return asdict(self)
+
+    @property
+    def data(self) -> str:
+        """The dataset and the number of clips, for figures."""
+        if self.num_clips is None:
+            return self.dataset
+        return f"{self.dataset}, {messages.count(self.num_clips, 'clip')}"
+
+
+def describe(
+    model_path: str | Path,
+    dataset: str | Path,
+    tags: Sequence[str],
+    num_clips: int | None = None,
+    test_sha256: str | None = None,
+    name: str | None = None,
+) -> Provenance:
+    """Describe a result.
+
+    Parameters
+    ----------
+    model_path : str or Path
+        Model file, or a stage's folder, whose best checkpoint was used.
+    dataset : str or Path
+        Path of the dataset, or of the tagged audio file.
+    tags : sequence of str
+        Names of the tags, in the model's order.
+    num_clips, test_sha256
+        As in `Provenance`.
+    name : str or None
+        Name of the model; None for that of `model_names`.
+    """
+    checkpoint = Path(model_path)
+    if checkpoint.is_dir():
+        checkpoint = checkpoints.find_best(checkpoint) or checkpoint
+    digest = hashlib.sha256(json.dumps(list(tags)).encode()).hexdigest()
+    name = name or model_names([model_path])[0]
+    paths = as_text(checkpoint), as_text(dataset)
+    return Provenance(name, *paths, digest, num_clips, test_sha256)
+
+
+def model_names(paths: Sequence[str | Path]) -> list[str]:
+    """Name models by the last parts of their paths, with as many parts as make the names unique.
+
+    A stage's folder is a number, so its parent is always part of the name: ``log/1`` is ``log-1``.
+    A name is also the name of a folder in a report, and contains no slashes or ``..``.
+    """
+    parts = {}
+    for path in paths:
+        absolute = Path(os.path.normpath(Path(path).absolute()))
+        if absolute.suffix in (".keras", ".hdf5", ".h5"):
+            absolute = absolute.with_suffix("")
+        parts[path] = absolute.parts[1:] or ("root",)
+    lengths = {path: 1 + part[-1].isdigit() for path, part in parts.items()}
+    while True:
+        names = {path: "-".join(part[-lengths[path] :]) for path, part in parts.items()}
+        taken = Counter(names.values())
+        longer = {
+            path: lengths[path] + (taken[names[path]] > 1 and lengths[path] < len(part))
+            for path, part in parts.items()
+        }
+        if longer == lengths:
+            break
+        lengths = longer
+    result = []
+    for path in paths:
+        repeats = result.count(names[path])  # the same model is given twice
+        result.append(as_text(names[path] + (f"-{len(result) + 1}" if repeats else "")))
+    return result
+
+
+def as_text(path: str | Path) -> str:
+    """Return a path as valid text, even if its bytes are not UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
