@@ -198,7 +198,9 @@ def _tag(arguments: argparse.Namespace) -> None:
             )
 
     if num_skipped:
-        messages.say(f"{num_skipped:,} of {len(files):,} files are not audio and were skipped")
+        messages.say(
+            f"{num_skipped:,} of {len(files):,} files could not be decoded and were skipped"
+        )
     if len(failed) == 1:
         raise failed[0]
     if failed:

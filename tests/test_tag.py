@@ -127,7 +127,7 @@ def test_an_onnx_file_gives_the_tags_of_its_network(folder, model_path, tmp_path
     out, said = run(
         capsys, tmp_path / "small.onnx", folder, "--json", "--hop", 20_000, "--batch-size", 4
     )
-    assert said[-1] == "2 of 5 files are not audio and were skipped"
+    assert said[-1] == "2 of 5 files could not be decoded and were skipped"
     expected = tagging.tag_files(checkpoint, [folder / name for name in AUDIO_NAMES], 20_000)
     for line, (path, probabilities) in zip(json_lines(out), expected, strict=True):
         assert line["path"] == str(path) and line["segments"] == len(probabilities)
@@ -146,7 +146,7 @@ def test_a_folder_is_read_in_order_and_files_that_are_not_audio_are_skipped(
     assert len(said) == 3
     assert str(folder / "b" / "cover.txt") in said[0] and said[0].endswith(": skipped")
     assert said[1] == f"{folder / 'z.empty'}: the file is empty: skipped"
-    assert said[2] == "2 of 5 files are not audio and were skipped"
+    assert said[2] == "2 of 5 files could not be decoded and were skipped"
 
     # Tagged one by one, the files have the same tags.
     for line in found:
