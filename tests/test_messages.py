@@ -165,3 +165,11 @@ def test_progress_in_a_log_is_printed_as_whole_lines(capsys):
     with messages.progress(range(100)) as bar:
         assert list(bar) == list(range(100))
     assert capsys.readouterr() == ("", "")
+
+
+def test_messages_do_not_repeat_the_line_of_progress(capsys):
+    with messages.progress(total=10) as bar:
+        bar.start_t -= 60
+        bar.update()
+        messages.say("one")
+    assert capsys.readouterr().err == "one\n"

@@ -276,7 +276,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_after_the_files(
     scan = os.scandir
 
     def refuse(path):
-        if Path(path) == folder / "b":
+        if str(path) == str(folder / "b"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scan(path)
 
