@@ -1,6 +1,7 @@
 """Fonts of figures: installed ones that have the characters, or one line that names a font."""
 
 from toolkit import figures
+from toolkit.provenance import describe
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ def draw(folder, tag):
     probabilities = np.full((2, 1), 0.5)
     path = folder / "taggram.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figures.plot_taggram(path, (tag,), probabilities, np.arange(2.0), 1.0)
+        provenance = describe("m.keras", "song.mp3", (tag,))
+        figures.plot_taggram(path, provenance, (tag,), probabilities, np.arange(2.0), 1.0)
     return path.read_text(encoding="utf-8")
 
 
