@@ -11,6 +11,7 @@ across files.
 import errno
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
@@ -169,7 +170,7 @@ def _decode_ahead(*files) -> Iterator[tuple[Path, Clip | Exception]]:
         is_abandoned = True
         with suppress(queue.Empty):
             ready.get_nowait()  # the thread may be waiting for this place
-        with suppress(RuntimeError):  # Python 3.14 joins no daemon thread at exit
+        if not sys.is_finalizing():  # Python stops daemon threads at exit, so join could hang
             thread.join()
 
 
