@@ -231,16 +231,6 @@ def add_batch_size(group: argparse._ArgumentGroup, default: int) -> None:
 JIT_HELP = "compile with XLA; auto: always with JAX; with TensorFlow, se and basic on one GPU"
 
 
-def add_jit(group: argparse._ArgumentGroup) -> None:
-    """Add ``--jit``, whether XLA compiles the network."""
-    group.add_argument(
-        "--jit",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help=f"{JIT_HELP} (default: auto)",
-    )
-
-
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1."""
     return _number(int, text, lambda value: value >= 1, "a whole number of at least 1")
