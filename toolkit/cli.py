@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from toolkit.errors import ToolkitError, UsageError
+from toolkit.errors import BuildError, ToolkitError, UsageError
 from toolkit.messages import say
 from toolkit.model_kinds import model_kind
 from toolkit.signals import interrupts_recorded
@@ -334,8 +334,10 @@ def _describe(error: BaseException, arguments: argparse.Namespace) -> tuple[int,
         match = re.match(rf"(--[\w-]+ )?{re.escape(str(Path(given)))}(?=[:/]|$)", message)
         if match:
             option, rest = match[1] or "", message[match.end() :]
-            # An output that does not exist yet can fail for other reasons, such as a full disk.
+            # An output that does not exist yet can fail for other reasons, such as a full disk, and
+            # a build names the address of its scheduler, which is no path.
             can_be_missing = isinstance(error, ToolkitError | FileNotFoundError)
+            can_be_missing &= not isinstance(error, BuildError)
             if exit_status == 1 and can_be_missing and not os.path.exists(given):
                 exit_status = 2
             return exit_status, option + (given.rstrip("/") if rest[:1] == "/" else given) + rest
