@@ -24,7 +24,7 @@ from input_data import Dataset, SegmentReader, open_dataset
 from toolkit import backend, cli, messages
 from toolkit.errors import UsageError
 from toolkit.evaluation import Scores
-from toolkit.models.checkpoints import Checkpoint
+from toolkit.models.checkpoints import Checkpoint, load_optimizer
 from toolkit.models.config import NetworkConfig
 from toolkit.signals import stop_on_signals
 from toolkit.training.devices import open_job
@@ -32,14 +32,8 @@ from toolkit.training.hosts import run_process
 from toolkit.training.loop import compile_trainer, make_epoch
 from toolkit.training.options import Folders, IgnoredOptions, TrainingOptions
 from toolkit.training.run import compare_run
-from toolkit.training.stage import (
-    Run,
-    epoch_writer,
-    locked_folder,
-    resume_optimizer,
-    start_stage,
-)
-from toolkit.training.state import StageState
+from toolkit.training.stage import Run, epoch_writer, locked_folder, start_stage
+from toolkit.training.state import RESUME_NAME, StageState
 from toolkit.training.validation import make_predictor, test_best, validate
 
 
@@ -106,7 +100,9 @@ def train_stage(run: Run, stage: int, state: StageState, checkpoint: Checkpoint)
         Network to train.
     """
     trainer = compile_trainer(checkpoint.network, run.options, stage, run.jit)
-    resume_optimizer(run, stage, checkpoint, trainer)
+    resume = run.stage_dir(stage) / RESUME_NAME
+    if resume.exists():
+        load_optimizer(resume, trainer)
     train_epoch = make_epoch(run, stage, trainer)
     predictor = make_predictor(run, trainer)
     with epoch_writer(run, stage, checkpoint, trainer, state.history) as write_epoch:

@@ -74,7 +74,12 @@ def _replace_folder(temporary: Path, path: Path) -> None:
     earlier = temporary.with_name(f"{temporary.name}.earlier")
     with suppress(FileNotFoundError):
         os.rename(path, earlier)  # unlike a file, a folder cannot be replaced in one step
-    os.rename(temporary, path)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        with suppress(FileNotFoundError):
+            os.rename(earlier, path)
+        raise
     _remove(earlier)
 
 

@@ -479,7 +479,7 @@ def test_resuming_without_the_earlier_momentum_is_refused(tiny_dataset, log, cap
     edit_state(log, finished=False)
     assert start(tiny_dataset, log, 0, "--momentum", 0) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert f"{log / '0'}: was trained with --momentum 0.9, now 0: use the same" in last
+    assert "--momentum was 0.9, now 0: without momentum, Keras stores no velocities: use" in last
 
 
 # --- Errors and options --------------------------------------------------------------------------

@@ -42,7 +42,7 @@ CHANGES = {
     "dropout": (_NEXT, None),
     "weight_decay": (_NEXT, None),
     "batch_size": (_NEXT, None),
-    "momentum": (_NEXT, None),  # refused by stage.resume_optimizer if one of the values is 0
+    "momentum": (_NEXT, None),  # refused if one of the values is 0
     "lr": (_NEXT, None),
     "lr_decay": (f"{_NEXT} of a stage after 0", None),
     "seed": (f"{_NEXT} for shuffling and dropout; the initial weights are kept", None),
@@ -134,10 +134,12 @@ def compare_run(
     for flag, name, was, value in _differences(before, now):
         change = f"--{flag} was {was}, now {value}"
         effect = CHANGES[name][all_finished]
+        why = "all stages are finished, so no stage would use it"
+        if CHANGES[name][0] is None:
+            why = f"{train_dir} contains checkpoints of another network"
+        elif name == "momentum" and "0" in (was, value):
+            effect, why = None, "without momentum, Keras stores no velocities"
         if effect is None:
-            why = "all stages are finished, so no stage would use it"
-            if CHANGES[name][0] is None:
-                why = f"{train_dir} contains checkpoints of another network"
             raise UsageError(f"{change}: {why}: use the same value or another --train-dir")
         changes.append(f"{change}: {effect}")
     now["calls"] = before.get("calls", [])

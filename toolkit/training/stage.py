@@ -234,28 +234,6 @@ def _apply_config(run: Run, checkpoint: Checkpoint) -> None:
     checkpoint.network, checkpoint.config = network, run.config
 
 
-def resume_optimizer(run: Run, stage: int, checkpoint: Checkpoint, trainer: "keras.Model") -> None:
-    """Restore the optimizer of a stage's last epoch, if there is one.
-
-    Raises
-    ------
-    UsageError
-        The stage was trained with momentum and the options switch momentum off, or the reverse.
-    """
-    path = run.stage_dir(stage) / RESUME_NAME
-    if not path.exists():
-        return
-    # Without momentum, Keras stores no velocities.
-    now = run.options.momentum
-    before = checkpoint.training.get("options", {}).get("momentum", now)
-    if bool(before) != bool(now):
-        raise UsageError(
-            f"{path.parent}: was trained with --momentum {before:g}, now {now:g}: use the same "
-            "momentum or another --train-dir"
-        )
-    checkpoints.load_optimizer(path, trainer)
-
-
 # --- Writing -------------------------------------------------------------------------------------
 
 
