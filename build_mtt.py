@@ -38,12 +38,14 @@ from toolkit.data.audio import (
     import_madmom,
 )
 from toolkit.data.clip import ClipTable
+from toolkit.data.folders import read_folders
 from toolkit.data.manifest import (
     SHARD_FOLDER,
     as_typed,
     check_data_dir,
     check_options,
     gather,
+    hash_lines,
     hash_tables,
     remove_progress,
     start_progress,
@@ -132,9 +134,16 @@ class BuildOptions:
 
     @property
     def tables(self) -> list[Path]:
-        """Tables to read."""
+        """Tables to read; none if the tags are folders."""
+        if self.form.tags_from:
+            return []
         paths = self.annotations or [Path(self.data_dir) / ANNOTATIONS_NAME]
         return [Path(path) for path in paths]
+
+    @property
+    def is_own_data(self) -> bool:
+        """Whether this is a dataset of the user, and not MagnaTagATune."""
+        return bool(self.annotations or self.form.tags_from)
 
     @property
     def audio_folder(self) -> Path:
@@ -157,7 +166,6 @@ class BuildOptions:
             "num_audios_per_shard": self.num_audios_per_shard,
             "decoder": self.decoder,
             "encoding": self.encoding,
-            "annotations_sha256": hash_tables(self.tables),
             "audio_dir": audio_dir,
             "audio_suffix": self.audio_suffix,
             "num_tags": self.num_tags,
@@ -174,6 +182,14 @@ _UNRECORDED = {
     "num_tags": NUM_TAGS,
     **dataclasses.asdict(TableForm()),
 }
+
+# Options of tables, which do not fit --tags-from folders.
+# fmt: off
+_OF_TABLES = (
+    "annotations", "audio_suffix", "path_column", "tags_column", "tags_delimiter",
+    "exclude_columns", "split_column",
+)
+# fmt: on
 
 
 def build(data_dir: str | Path, **options) -> dict:
@@ -208,14 +224,15 @@ def build(data_dir: str | Path, **options) -> dict:
         options = dataclasses.replace(
             options, data_dir=Path(data_dir).absolute(), audio_dir=absolute
         )
-    clips = _read_annotations(options)
+    clips, source = _read_clips(options)
     clips.shards = assign_shards(clips.splits, options.num_audios_per_shard)
     # Besides the hash of the tables, because another version may read the same tables differently.
-    recorded = options.recorded() | {"tags": list(clips.tags), "clips_sha256": clips.sha256()}
+    of_clips = {"tags": list(clips.tags), "clips_sha256": clips.sha256()}
+    recorded = options.recorded() | source | of_clips
 
     folder = Path(options.data_dir) / SHARD_FOLDER
     # MagnaTagATune's folder exists, since it contains the table. Your own may be new.
-    folder.mkdir(exist_ok=True, parents=bool(options.annotations))
+    folder.mkdir(exist_ok=True, parents=options.is_own_data)
     # A second build would remove the temporary files of the first.
     with only_run(folder, "build", BuildError):
         # Check everything before the first write: a refused build leaves the folder as it was.
@@ -252,6 +269,13 @@ def _check_input(options: BuildOptions) -> None:
             f"--stop {as_typed(options.stop)}: shorter than one segment of {options.num_samples} "
             f"samples, {seconds:.3g} s at {options.sample_rate} Hz"
         )
+    if options.form.tags_from:
+        given = vars(options) | vars(options.form)
+        for name in filter(given.get, _OF_TABLES):
+            raise UsageError(
+                f"--{name.replace('_', '-')}: is for tables, which --tags-from folders does not "
+                "read: omit one of the two options"
+            )
     check_data_dir(options.data_dir)
     for table in options.tables:
         if not exists(table):
@@ -259,7 +283,7 @@ def _check_input(options: BuildOptions) -> None:
                 raise BuildError(missing_dataset_message(options.data_dir))
             raise BuildError(f"--annotations {table}: no such file")
     if not exists(options.audio_folder) or not options.audio_folder.is_dir():
-        if not options.annotations and options.audio_dir is None:
+        if not options.is_own_data and options.audio_dir is None:
             raise BuildError(missing_dataset_message(options.data_dir))
         raise BuildError(
             f"{options.audio_folder}: no such folder: give the audio folder with --audio-dir"
@@ -268,11 +292,17 @@ def _check_input(options: BuildOptions) -> None:
         import_madmom()  # report an error here rather than in a worker
 
 
-def _read_annotations(options: BuildOptions) -> ClipTable:
-    """Read the tables and check the paths of the clips."""
-    clips, notes = read_tables(options.tables, options.num_tags, options.form)
-    names = ", ".join(table.name for table in options.tables)
-    # Printed before the build, so that a misread table is noticed at once.
+def _read_clips(options: BuildOptions) -> tuple[ClipTable, dict]:
+    """Read the clips and check their paths; also return what the manifest records of the source."""
+    if options.form.tags_from:
+        clips, notes, files = read_folders(options.audio_folder, options.num_tags, options.form)
+        source = {"annotations_sha256": hash_lines(files), "files": files}
+        names = options.audio_folder
+    else:
+        clips, notes = read_tables(options.tables, options.num_tags, options.form)
+        source = {"annotations_sha256": hash_tables(options.tables)}
+        names = ", ".join(table.name for table in options.tables)
+    # Printed before the build, so that a misread source is noticed at once.
     for note in notes:
         messages.say(f"{names}: {note}")
     if options.audio_suffix is not None:
@@ -287,7 +317,7 @@ def _read_annotations(options: BuildOptions) -> ClipTable:
             f"{folder / clips.paths[0]}"
         )
     clips.check_links(folder)
-    return clips
+    return clips, source
 
 
 # --- Workers -------------------------------------------------------------------------------------

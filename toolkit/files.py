@@ -1,4 +1,4 @@
-"""Atomic writes (files appear complete or not at all), and locks of folders."""
+"""Atomic writes (files appear complete or not at all), lists of files, and locks of folders."""
 
 import errno
 import fcntl
@@ -7,7 +7,7 @@ import resource
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -115,6 +115,29 @@ def exists(path: str | Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def walk_files(folder: str | Path, refuse: Callable[[OSError], None]) -> Iterator[Path]:
+    """Yield the files of a folder and its subfolders, and then those of linked folders.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder to list. Each folder that links name is read once.
+    refuse : callable
+        Called with the error of each folder that cannot be read.
+    """
+    seen, starts = set(), [folder]
+    for start in starts:  # links are appended
+        for root, folders, names in os.walk(start, onerror=refuse):
+            if os.path.realpath(root) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(root))
+            if not os.access(root, os.X_OK):  # its names can be listed, but no file opened
+                refuse(PermissionError(errno.EACCES, "Permission denied", root))
+            starts += filter(Path.is_symlink, (Path(root, name) for name in folders))
+            yield from filter(os.path.isfile, (Path(root, name) for name in names))
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

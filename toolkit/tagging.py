@@ -8,7 +8,6 @@ One thread decodes the next files, long ones in parts, while the network predict
 across files.
 """
 
-import errno
 import os
 import queue
 import sys
@@ -21,6 +20,7 @@ from toolkit import messages
 from toolkit.data.audio import cut_pieces, decode_pieces
 from toolkit.data.clip import Clip
 from toolkit.errors import AudioError, CheckpointError
+from toolkit.files import walk_files
 from toolkit.models.checkpoints import Checkpoint
 from toolkit.prediction import DEFAULT_BATCH_SIZE, compile_for_prediction, predict_clips
 
@@ -44,31 +44,16 @@ def find_files(paths: Iterable[str | Path]) -> tuple[list[tuple[Path, bool]], li
         Folders that cannot be read.
     """
     files, errors = [], []
-    for path in map(Path, paths):
-        if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-            files += [(found, False) for found in sorted(_walk(path, errors))]
-        else:
-            files.append((path, True))
-    return files, errors
-
-
-def _walk(folder: Path, errors: list[AudioError]) -> Iterator[Path]:
-    """Yield the files of a folder and its subfolders, and then those of linked folders."""
 
     def refuse(error: OSError) -> None:
         errors.append(AudioError(f"{error.filename}: cannot be read: {error.strerror}"))
 
-    seen, starts = set(), [folder]
-    for start in starts:  # links are appended
-        for root, folders, names in os.walk(start, onerror=refuse):
-            if os.path.realpath(root) in seen:
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(root))
-            if not os.access(root, os.X_OK):  # its names can be listed, but no file opened
-                refuse(PermissionError(errno.EACCES, "Permission denied", root))
-            starts += filter(Path.is_symlink, (Path(root, name) for name in folders))
-            yield from filter(os.path.isfile, (Path(root, name) for name in names))
+    for path in map(Path, paths):
+        if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
+            files += [(found, False) for found in sorted(walk_files(path, refuse))]
+        else:
+            files.append((path, True))
+    return files, errors
 
 
 def tag_files(

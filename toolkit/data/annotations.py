@@ -105,7 +105,7 @@ def draw_splits(sizes: dict[str, int], seed: int) -> dict[str, str]:
     Parameters
     ----------
     sizes : dict of str to int
-        Number of clips of each group; at least three groups.
+        Number of clips of each group.
     seed : int
         Seed of the order in which groups are assigned.
 
@@ -113,7 +113,8 @@ def draw_splits(sizes: dict[str, int], seed: int) -> dict[str, str]:
     -------
     dict of str to str
         Split of each group; equal for equal sizes and seed, in any order of the groups. Every
-        split has at least one group.
+        split has at least one group. Of fewer than three groups, the first is in train and the
+        second in test.
     """
     num_clips = sum(sizes.values())
     names = sorted(sizes)

@@ -1,19 +1,24 @@
-"""Clips: what the scripts pass to each other, and the clips of a dataset's tables."""
+"""Clips: what the scripts pass to each other, and the clips of a dataset's tables or folders."""
 
 import hashlib
 import json
 import os
 import re
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import compress
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
-from toolkit.data.csv_file import Row
+from toolkit.data.annotations import SPLITS, top_tags
+from toolkit.data.csv_file import Row, listed
 from toolkit.errors import BuildError
 
 import numpy as np
+
+_NUM_SHOWN = 6  # first and last tags of a long list
 
 
 @dataclass
@@ -128,9 +133,63 @@ class ClipTable:
                 )
 
 
+def keep_top_tags(
+    rows_of: dict[str, list[int]], num_tags: int, columns: Sequence[list], path_column: str
+) -> ClipTable:
+    """Select the most frequent tags, and the clips that carry at least one of them.
+
+    Parameters
+    ----------
+    rows_of : dict of str to list of int
+        Numbers of the rows that carry each tag, in the order in which ties are broken.
+    num_tags : int
+        Number of tags to keep; all if there are fewer.
+    columns : sequence of list
+        Fields ``clip_ids``, ``paths``, ``splits`` and ``rows`` of the `ClipTable`, for all rows.
+    path_column : str
+        As in `ClipTable`.
+    """
+    tags = top_tags(np.array([len(rows) for rows in rows_of.values()]), list(rows_of), num_tags)
+    labels = np.zeros((len(columns[0]), len(tags)), np.uint8)
+    for number, tag in enumerate(tags):
+        labels[rows_of[tag], number] = 1
+    # As in the published program, clips without any of the tags are left out.
+    is_kept = labels.any(axis=1)
+    kept = (list(compress(column, is_kept)) for column in columns)
+    return ClipTable(tags, labels[is_kept], *kept, path_column)
+
+
+def describe_clips(clips: ClipTable, num_rows: int, names: Collection[str]) -> list[str]:
+    """Describe the clips and their tags; `names` are all tags, also those that are not kept."""
+    counts = zip(clips.tags, clips.labels.sum(axis=0), strict=True)
+    # Model order is ascending by count; the user looks for the most frequent tags first.
+    shown = [f"{tag} ({count})" for tag, count in counts][::-1]
+    if len(shown) > 2 * _NUM_SHOWN:
+        shown[_NUM_SHOWN:-_NUM_SHOWN] = ["…"]
+    notes = [
+        f"{len(clips.paths)} of {num_rows} clips carry one or more of the {len(clips.tags)} most "
+        f"frequent of {len(names)} tags: {', '.join(shown)}"
+    ]
+    if empty := [split for split in SPLITS if split not in clips.splits]:
+        notes.append(f"splits without clips: {', '.join(empty)}")
+    # The network cannot learn these tags, but their scores enter the mean.
+    is_untrained = ~clips.labels[np.array(clips.splits) == "train"].any(axis=0)
+    if untrained := list(compress(clips.tags, is_untrained)):
+        notes.append(f"tags without training clips: {', '.join(untrained)}")
+    # Probably one tag, whose clips are divided between several outputs.
+    similar = {}
+    for name in names:
+        similar.setdefault(" ".join(name.casefold().split()), []).append(name)
+    groups = [group for group in similar.values() if len(group) > 1]
+    if alike := [name for group in groups if set(group) & set(clips.tags) for name in group]:
+        notes.append(f"tags that differ only in case or spaces: {listed(alike)}")
+    return notes
+
+
 def is_inside(path: str) -> bool:
     """Return whether a path in a table names a file inside the audio folder."""
-    # Control characters would break progress files, messages and reports into lines.
+    # Control characters would break progress files, messages and reports into lines. Surrogates
+    # stand for bytes that are not UTF-8, which records cannot contain.
     parts = PurePosixPath(path).parts
     leaves_folder = not parts or path.startswith("/") or ".." in parts or "\\" in path
-    return not leaves_folder and not re.search(r"[\x00-\x1f]", path)
+    return not leaves_folder and not re.search(r"[\x00-\x1f\ud800-\udfff]", path)

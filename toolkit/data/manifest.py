@@ -10,11 +10,12 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from toolkit.data.annotations import SPLITS
+from toolkit.data.csv_file import listed
 from toolkit.errors import BuildError, ShardError, UsageError
 from toolkit.files import exists, write_atomically
 
@@ -239,8 +240,12 @@ def hash_tables(paths: Sequence[Path]) -> str:
     if len(paths) == 1:
         return hashes[0]
     # Names of several tables may determine the split.
-    lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, hashes, strict=True)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hash_lines(f"{path.name} {digest}" for path, digest in zip(paths, hashes, strict=True))
+
+
+def hash_lines(lines: Iterable[str]) -> str:
+    """Return the SHA-256 of lines."""
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
 def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Path]) -> dict:
@@ -254,7 +259,7 @@ def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Pa
         Folder of the shards, which may be empty.
     options : dict
         Options of this build that determine the shards, the tags, and ``clips_sha256``
-        (see `clip.ClipTable.sha256`).
+        (see `clip.ClipTable.sha256`). Tags from folders also have ``files``, after the hash.
     unrecorded : dict
         Values of the options that builds of earlier versions did not record.
     tables : list of Path
@@ -290,6 +295,9 @@ def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Pa
             raise another_build(folder, what, "use the other version")
         if name != "annotations_sha256":
             what = changed_option(name, expected.get(name), value)
+        elif "files" in options:
+            changed = set(options["files"]) ^ set(earlier["files"])
+            what = f"new or missing audio files: {listed(sorted(changed))}"
         elif len(tables) == 1:
             what = f"{tables[0].name} has changed since"
         else:

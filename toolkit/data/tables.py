@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -27,9 +26,8 @@ from toolkit.data.annotations import (
     RESERVED_TAGS,
     SPLITS,
     draw_splits,
-    top_tags,
 )
-from toolkit.data.clip import ClipTable, is_inside
+from toolkit.data.clip import ClipTable, describe_clips, is_inside, keep_top_tags
 from toolkit.data.csv_file import Row, Table, listed, read_files
 from toolkit.errors import AnnotationsError, UsageError
 
@@ -57,7 +55,6 @@ _NOTATIONS = {
     "yes and no": {"no": 0, "yes": 1},
 }
 _LIST_DELIMITERS = (",", ";", "|")
-_NUM_SHOWN = 6  # first and last tags of a long list
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,11 @@ class TableForm:
     """Options that describe your own tables; None detects the form."""
 
     # fmt: off
+    tags_from: str | None = option(
+        None, "folders: without a table, the tag of each audio file in --audio-dir is the first "
+        "folder of its path, and the files of each tag are divided at random among the splits",
+        shown="a table", group="your own data", choices=("folders",),
+    )
     path_column: str | None = option(
         None, "column of the paths of the audio files",
         shown=f"the column named {', '.join(PATH_COLUMNS)}; case is ignored",
@@ -94,11 +96,13 @@ class TableForm:
     split_by: str | None = option(
         None, f"draw the split at random: clips with the same value in this column, or in the same "
         f"first folder of the path if NAME is {FOLDER}, stay in one split; train, val and test "
-        "get about 75, 8 and 17 %% of the clips",
+        f"get about 75, 8 and 17 %% of the clips; with --tags-from folders, {FOLDER} is the second "
+        "folder",
         group="your own data", metavar="NAME",
     )
     split_seed: int = option(
-        0, "seed of --split-by", group="your own data", type=cli.non_negative_int, metavar="N"
+        0, "seed of a split that is drawn",
+        group="your own data", type=cli.non_negative_int, metavar="N",
     )
     # fmt: on
 
@@ -107,8 +111,8 @@ class TableForm:
             raise UsageError("--split-column and --split-by: give only one of them")
         if self.tags_delimiter == "":
             raise UsageError("--tags-delimiter: must not be empty")
-        if self.split_seed and not self.split_by:
-            raise UsageError("--split-seed: needs --split-by")
+        if self.split_seed and not self.split_by and not self.tags_from:
+            raise UsageError("--split-seed: needs --split-by or --tags-from folders")
         if self.split_seed >= 2**32:  # the limit of NumPy's RandomState
             raise UsageError("--split-seed: must be less than 2^32")
 
@@ -168,45 +172,12 @@ def read_tables(
     else:
         splits, split_note = _find_splits(table, path_column, form, is_tagged)
 
-    tags = top_tags(np.array([len(rows) for rows in rows_of.values()]), list(rows_of), num_tags)
-    labels = np.zeros((len(table.rows), len(tags)), np.uint8)
-    for number, tag in enumerate(tags):
-        labels[rows_of[tag], number] = 1
-    # As in the published program, clips without any of the tags are left out.
-    is_kept = labels.any(axis=1)
-    kept = (list(compress(column, is_kept)) for column in (clip_ids, paths, splits, table.rows))
-    clips = ClipTable(tags, labels[is_kept], *kept, path_column)
+    columns = (clip_ids, paths, splits, table.rows)
+    clips = keep_top_tags(rows_of, num_tags, columns, path_column)
     if any("\\" in path for path in table.values(path_column)):
         notes.append("paths are read with / for \\")
     first = f"paths are in column {path_column!r}, {notes[0]}, {split_note}"
-    return clips, [first, *_describe(clips, len(table.rows), rows_of), *notes[1:]]
-
-
-def _describe(clips: ClipTable, num_rows: int, names: Collection[str]) -> list[str]:
-    """Describe the clips and their tags; `names` are all tags, also those that are not kept."""
-    counts = zip(clips.tags, clips.labels.sum(axis=0), strict=True)
-    # Model order is ascending by count; the user looks for the most frequent tags first.
-    shown = [f"{tag} ({count})" for tag, count in counts][::-1]
-    if len(shown) > 2 * _NUM_SHOWN:
-        shown[_NUM_SHOWN:-_NUM_SHOWN] = ["…"]
-    notes = [
-        f"{len(clips.paths)} of {num_rows} clips carry one or more of the {len(clips.tags)} most "
-        f"frequent of {len(names)} tags: {', '.join(shown)}"
-    ]
-    if empty := [split for split in SPLITS if split not in clips.splits]:
-        notes.append(f"splits without clips: {', '.join(empty)}")
-    # The network cannot learn these tags, but their scores enter the mean.
-    is_untrained = ~clips.labels[np.array(clips.splits) == "train"].any(axis=0)
-    if untrained := list(compress(clips.tags, is_untrained)):
-        notes.append(f"tags without training clips: {', '.join(untrained)}")
-    # Probably one tag, whose clips are divided between several outputs.
-    similar = {}
-    for name in names:
-        similar.setdefault(" ".join(name.casefold().split()), []).append(name)
-    groups = [group for group in similar.values() if len(group) > 1]
-    if alike := [name for group in groups if set(group) & set(clips.tags) for name in group]:
-        notes.append(f"tags that differ only in case or spaces: {listed(alike)}")
-    return notes
+    return clips, [first, *describe_clips(clips, len(table.rows), rows_of), *notes[1:]]
 
 
 def _is_mtt(table: Table) -> bool:
@@ -332,7 +303,7 @@ def _read_columns(
     rows_of = found.pop(notation)
     unused += [column for other in found.values() for column in other]
     for column in rows_of:
-        _check_tag(column, Row(table.rows[0].table, 1), column)
+        check_tag(column, Row(table.rows[0].table, 1), column)
     notes = [f"tags are {len(rows_of)} columns of {notation}"]
     if unused:
         notes.append(f"columns that are not tags: {listed(unused)}")
@@ -367,7 +338,7 @@ def _read_lists(
         # macOS may write "é" as two characters; lists may repeat a tag or end with a delimiter.
         for tag in {normalize("NFC", tag.strip()) for tag in listed_tags} - {""}:
             if tag not in rows_of:
-                _check_tag(tag, row, column)
+                check_tag(tag, row, column)
             rows_of.setdefault(tag, []).append(number)
     how = "and the columns that follow" if is_spread else f"with delimiter {delimiter!r}"
     notes = [f"tags are in column {column!r} {how}"]
@@ -394,7 +365,8 @@ def _find_delimiter(table: Table, column: str) -> str:
     return next(iter(found), _LIST_DELIMITERS[0])
 
 
-def _check_tag(tag: str, row: Row, column: str) -> None:
+def check_tag(tag: str, row: Row, column: str) -> None:
+    """Raise AnnotationsError for a name that a tag cannot have."""
     # Refused here, and not by extract_excitations.py after days of training.
     if tag in RESERVED_TAGS or re.search(r"[\x00-\x1f]", tag):
         raise row.error(
