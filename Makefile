@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	@echo "The demo is complete:"
 	@echo "  $(DEMO)/dataset                    synthetic clips, their annotations and shards"
 	@echo "  $(DEMO)/log                        checkpoints, training.csv and event logs of 2 stages"
-	@echo "  $(DEMO)/report                     test scores: metrics.json, per_tag.csv, per_tag.png"
+	@echo "  $(DEMO)/report                     test scores and mistakes: open report.html in a browser"
 	@echo "  $(DEMO)/excitations.pkl            mean excitations of the test clips"
 	@echo "  $(DEMO)/excitation_analysis.ipynb  the notebook, executed on these excitations"
 

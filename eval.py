@@ -10,13 +10,17 @@ contains 95 % bootstrap intervals of the scores and of the differences between m
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from input_data import Clip, hash_dataset, open_dataset
+from input_data import Clip, Dataset, hash_dataset, open_dataset
 from toolkit import cli, messages
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.evaluation import CONFIDENCE, Resamples, Scores, bootstrap, interval, score
+from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.tags import read_tags
+from toolkit.page import ERRORS_NAME, PAGE_NAME, Result, write_errors, write_page
 from toolkit.prediction import (
     DEFAULT_BATCH_SIZE,
     clip_mean,
@@ -66,21 +70,33 @@ def evaluate(
         The dataset has no test clips, the model does not fit the dataset, or a file is damaged.
     """
     dataset = open_dataset(data_dir)
+    checkpoint = _load(model_path, dataset, tags_path)
+    clips, labels, predictions = _predict(model_path, checkpoint, dataset, batch_size, "test")
+    return checkpoint.tags, clips, predictions, score(labels, predictions)
+
+
+def _load(model_path: str | Path, dataset: Dataset, tags_path: str | Path | None) -> Checkpoint:
     if not dataset.splits["test"].num_clips:
-        raise UsageError(f"{data_dir}: no test clips to evaluate on")
+        raise UsageError(f"{dataset.path}: no test clips to evaluate on")
     checkpoint = load_for_dataset(model_path, dataset, tags_path=tags_path)
-    network = checkpoint.network
-    compile_for_prediction(network, checkpoint.config.block)
+    compile_for_prediction(checkpoint.network, checkpoint.config.block)
+    return checkpoint
+
+
+def _predict(
+    model_path: str | Path, checkpoint: Checkpoint, dataset: Dataset, batch_size: int, split: str
+) -> tuple[list[Clip], np.ndarray, np.ndarray]:
+    """Return the clips of a split, their labels, and the means over their segments."""
     clips, predictions = [], []
-    for prediction in predict_split(network, dataset, "test", batch_size, "evaluating"):
+    doing = "evaluating" if split == "test" else "thresholds"
+    for prediction in predict_split(checkpoint.network, dataset, split, batch_size, doing):
         (probabilities,) = prediction.outputs
         clips.append(prediction.clip)
         predictions.append(clip_mean(probabilities))
     predictions = np.array(predictions)
     if not np.isfinite(predictions).all():
         raise CheckpointError(f"{model_path}: the predictions contain NaN or infinity")
-    labels = np.array([clip.labels for clip in clips])
-    return checkpoint.tags, clips, predictions, score(labels, predictions)
+    return clips, np.array([clip.labels for clip in clips]), predictions
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -110,7 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--report",
         metavar="DIR",
         default=None,
-        help="folder for metrics.json, per_tag.csv, per_tag.png and predictions.csv; with several "
+        help="folder for report.html, a page with scores, curves and mistakes to listen to, "
+        "errors.csv, metrics.json, per_tag.csv, per_tag.png and predictions.csv; with several "
         "models, one folder per model and comparison.json, .csv and .png; other files in the "
         "folder are kept (default: none)",
     )
@@ -137,13 +154,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.tags:
         read_tags(arguments.tags)
     names = model_names(arguments.model_paths)
-    all_provenances, all_scores, all_resamples = [], [], []
+    all_resamples, results = [], []
     for name, model_path in zip(names, arguments.model_paths, strict=True):
-        tags, clips, predictions, scores = evaluate(
-            model_path, arguments.data_dir, arguments.batch_size, arguments.tags
-        )
+        checkpoint = _load(model_path, dataset, arguments.tags)
+        tags = checkpoint.tags
+        predict = partial(_predict, model_path, checkpoint, dataset, arguments.batch_size)
+        clips, labels, predictions = predict("test")
+        scores = score(labels, predictions)
         unscored = tags_without_score(tags, scores)
-        if unscored and not all_scores:
+        if unscored and name == names[0]:
             messages.say(
                 f"{messages.count(len(unscored), 'tag')} excluded from the averages, because "
                 f"all test clips or none have the tag: {', '.join(unscored)}"
@@ -151,27 +170,46 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         suffix = "" if len(names) == 1 else f" ({name})"
         print(f"=> @ ROC AUC score: {scores.macro_roc_auc:.4f}{suffix}")
         print(f"=> @ PR AUC score: {scores.macro_pr_auc:.4f}{suffix}", flush=True)
-        all_scores.append(scores)
         if arguments.report:
-            folder = Path(arguments.report) / ("" if len(names) == 1 else name)
             test_hash = hash_dataset(dataset, ["test"])
             provenance = describe(model_path, dataset.path, tags, len(clips), test_hash, name)
+            validation = _predict_validation(predict, dataset)
+            folder = Path(arguments.report) / ("" if len(names) == 1 else name)
             resamples = write_report(
                 folder, provenance, tags, clips, predictions, scores, arguments.seed
             )
-            all_provenances.append(provenance)
-            all_resamples.append(resamples)
-            messages.say(f"{folder}: metrics.json, per_tag.csv, per_tag.png, predictions.csv")
+            results.append(Result(provenance, labels, predictions, scores, resamples, validation))
+            write_errors(folder, tags, clips, results[-1])
+            write_page(folder, dataset, tags, clips, results[-1:])
+            messages.say(
+                f"{folder}: metrics.json, per_tag.csv, per_tag.png, predictions.csv, "
+                f"{ERRORS_NAME}, {PAGE_NAME}"
+            )
         elif len(names) > 1:
-            labels = np.array([clip.labels for clip in clips])
-            all_resamples.append(bootstrap(labels, predictions, seed=arguments.seed))
+            resamples = bootstrap(labels, predictions, seed=arguments.seed)
+        if len(names) > 1:
+            all_resamples.append(resamples)
     if len(names) > 1:
         _print_differences(names, all_resamples)
         if arguments.report:
             write_comparison(
-                arguments.report, all_provenances, tags, all_scores, all_resamples, arguments.seed
+                arguments.report,
+                [result.provenance for result in results],
+                tags,
+                [result.scores for result in results],
+                all_resamples,
+                arguments.seed,
             )
             messages.say(f"{arguments.report}: comparison.json, comparison.csv, comparison.png")
+
+
+def _predict_validation(predict: Callable, dataset: Dataset) -> tuple | None:
+    """Return labels and predictions of the validation clips; None if there are none."""
+    # The published program's validation shards do not say which segments are of one clip.
+    if not dataset.splits["val"].num_clips:
+        messages.say(f"{dataset.path}: no validation clips: thresholds are chosen on test clips")
+        return None
+    return predict("val")[1:]
 
 
 def _print_differences(names: list[str], resamples: list[Resamples]) -> None:

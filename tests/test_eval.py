@@ -169,7 +169,7 @@ def test_models_are_compared_with_the_first(tiny_dataset, tmp_path, capsys):
         assert model["roc_auc_interval"] == metrics["roc_auc_interval"]
         assert f"=> @ ROC AUC score: {metrics['roc_auc']:.4f} ({name})" in out
         assert f"=> @ PR AUC score: {metrics['pr_auc']:.4f} ({name})" in out
-        for file in ("per_tag.csv", "per_tag.png", "predictions.csv"):
+        for file in ("per_tag.csv", "per_tag.png", "predictions.csv", "errors.csv", "report.html"):
             assert (report / name / file).stat().st_size
     first, second, again = comparison["models"]
     for metric in ("roc_auc", "pr_auc"):
@@ -207,6 +207,32 @@ def test_models_are_compared_with_the_first(tiny_dataset, tmp_path, capsys):
     assert drawn == [{name: model[name] for name in PROVENANCE} for model in comparison["models"]]
     image = matplotlib.image.imread(report / "comparison.png")
     assert image.shape[1] == 830 and image.std() > 0.01
+
+
+def test_thresholds_of_the_page_come_from_the_validation_clips(
+    tiny_dataset, model_path, tmp_path, capsys
+):
+    command = [str(model_path), "--data-dir", str(tiny_dataset), "--report"]
+    assert eval_script.main([*command, str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "highest F1 score on the validation clips" in page
+    assert f"keras {keras.__version__}" in page and str(model_path) in page
+    source = re.search('<audio [^>]*src="([^"]+)"', page)[1]
+    assert (tmp_path / "report" / source).samefile(tiny_dataset / "mp3" / source.split("mp3/")[1])
+
+    data_dir = shutil.copytree(tiny_dataset, tmp_path / "data")
+    for path in (data_dir / "tfrecord").glob("val-*"):
+        path.unlink()
+    manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
+    manifest["splits"]["val"] = {"clips": 0, "segments": 0, "shards": []}
+    manifest["skipped"] = [{"clip_id": "9", "mp3_path": "0/<9>.mp3", "reason": "no audio"}]
+    (data_dir / "tfrecord" / "manifest.json").write_text(json.dumps(manifest))
+    command[2] = str(data_dir)
+    assert eval_script.main([*command, str(tmp_path / "other")]) == 0
+    page = (tmp_path / "other" / "report.html").read_text(encoding="utf-8")
+    assert "highest F1 score on the test clips" in page
+    assert "0/&lt;9&gt;.mp3 (clip 9): no audio" in page
+    assert "no validation clips: thresholds are chosen on test clips" in capsys.readouterr().err
 
 
 def test_models_are_also_compared_without_a_report(tiny_dataset, model_path, tmp_path, capsys):
