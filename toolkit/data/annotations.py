@@ -141,7 +141,6 @@ def missing_dataset_message(data_dir: str | Path) -> str:
     """Return an error message that says what to download and where to put it."""
     return (
         f"{data_dir}: no dataset found: download {ANNOTATIONS_NAME} and mp3.zip.001-003 from "
-        "mirg.city.ac.uk/codeapps/the-magnatagatune-dataset, put the table into this folder and "
-        f"unpack the others (cat mp3.zip.* > mp3_all.zip; unzip mp3_all.zip -d "
-        f"{Path(data_dir) / AUDIO_FOLDER})"
+        "mirg.city.ac.uk/codeapps/the-magnatagatune-dataset and, in this folder, unpack the audio: "
+        f"cat mp3.zip.* > mp3_all.zip; unzip mp3_all.zip -d {AUDIO_FOLDER}"
     )
