@@ -87,27 +87,28 @@ def se_block(x, features: int, config: NetworkConfig, name: str):
     return squeeze_excite(x, config.alpha, name=f"{name}_se")
 
 
-def res_block(x, features: int, config: NetworkConfig, name: str, with_se: bool = False):
-    """Two convolutions with a shortcut, pooling, ReLU."""
+def res_block(x, features: int, config: NetworkConfig, name: str):
+    """One or two convolutions (Res-1, Res-2) with a shortcut, pooling, ReLU.
+
+    In the ReSE blocks, squeeze and excitation precede the addition of the shortcut.
+    """
+    parts = BLOCKS[config.block].layers
     shortcut = x
     if x.shape[-1] != features:
         shortcut = conv_bn(x, features, config, name=f"{name}_shortcut", width=1)
     x = conv_bn(x, features, config, name=f"{name}_conv1")
-    x = layers.ReLU(name=f"{name}_conv1_relu")(x)
-    x = layers.Dropout(_BLOCK_DROPOUT, name=f"{name}_dropout")(x)
-    x = conv_bn(x, features, config, name=f"{name}_conv2")
-    if with_se:
+    if "conv2" in parts:
+        x = layers.ReLU(name=f"{name}_conv1_relu")(x)
+        x = layers.Dropout(_BLOCK_DROPOUT, name=f"{name}_dropout")(x)
+        x = conv_bn(x, features, config, name=f"{name}_conv2")
+    if "se_excitation" in parts:
         x = squeeze_excite(x, config.alpha, name=f"{name}_se")
     x = layers.Add(name=f"{name}_add")([shortcut, x])
     return pool_relu(x, name=name)
 
 
-def rese_block(x, features: int, config: NetworkConfig, name: str):
-    """Residual block with squeeze and excitation before the shortcut is added."""
-    return res_block(x, features, config, name, with_se=True)
-
-
-_BUILDERS = {"se": se_block, "rese": rese_block, "res": res_block, "basic": basic_block}
+_BUILDERS = {"basic": basic_block, "se": se_block}
+_BUILDERS |= dict.fromkeys(("res1", "res", "rese1", "rese"), res_block)
 
 
 # --- Initial weights -----------------------------------------------------------------------------

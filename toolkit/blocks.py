@@ -28,4 +28,6 @@ BLOCKS = {
     "rese": Block(("shortcut", "conv1", "conv2", *SE), False),
     "res": Block(("shortcut", "conv1", "conv2"), False),
     "basic": Block(("conv1",), True),
+    "rese1": Block(("shortcut", "conv1", *SE), False),
+    "res1": Block(("shortcut", "conv1"), False),
 }

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+# Of the published program, and of the paper's definition for res1 and rese1, which it lacks.
 PUBLISHED_PARAMETERS = {
     ("se", True): 24_749_618,
     ("se", False): 23_935_026,
@@ -18,6 +19,10 @@ PUBLISHED_PARAMETERS = {
     ("res", False): 4_119_346,
     ("basic", True): 2_690_354,
     ("basic", False): 1_875_762,
+    ("res1", True): 2_858_034,
+    ("res1", False): 2_043_442,
+    ("rese1", True): 24_917_298,
+    ("rese1", False): 24_102_706,
 }
 WIDTHS = (128, 128, 256, 256, 256, 256, 256, 256, 512)
 
@@ -79,14 +84,14 @@ def test_published_initial_weights(full_size):
 
 def test_layers_are_those_of_the_paper(full_size):
     (block, multi), network = full_size
-    is_residual, has_se = block in ("res", "rese"), block in ("se", "rese")
+    is_residual, has_se = block.startswith("res"), block in ("se", "rese", "rese1")
     expected, channels_in = [("conv0", (3, 1, 128))], 128
     for number, width in enumerate(WIDTHS):
         name = f"block{number}"
         if is_residual and width != channels_in:
             expected.append((f"{name}_shortcut", (1, channels_in, width)))
         expected.append((f"{name}_conv1", (3, channels_in, width)))
-        if is_residual:
+        if block in ("res", "rese"):
             expected.append((f"{name}_conv2", (3, width, width)))
         if has_se:
             expected.append((f"{name}_se_fc", (width, 16 * width)))
@@ -105,6 +110,18 @@ def test_layers_are_those_of_the_paper(full_size):
     assert {layer.strides for layer in layers_of(network, "Conv1D")[1:]} == {(1,)}
     assert network.get_layer("conv0").strides == (3,)
     assert network.get_layer("conv0").padding == "valid"
+
+
+@pytest.mark.parametrize(
+    ("block", "last"), [("res1", "conv1_bn"), ("rese1", "se"), ("res", "conv2_bn")]
+)
+def test_the_shortcut_joins_the_last_layer_of_a_residual_block(block, last):
+    network = build_network(small(block))
+    for number, shortcut in ((1, "block0_relu"), (2, "block2_shortcut_bn")):  # 2: width changes
+        name = f"block{number}"
+        added = network.get_layer(f"{name}_add").input
+        expected = [network.get_layer(place).output for place in (shortcut, f"{name}_{last}")]
+        assert list(map(id, added)) == list(map(id, expected))
 
 
 def test_each_block_divides_frames_by_three(full_size):

@@ -29,7 +29,10 @@ class NetworkConfig:
     """Hyper-parameters that select one of the paper's networks."""
 
     # fmt: off
-    block: str = option("se", "building block", group="network", choices=tuple(BLOCKS))
+    block: str = option(
+        "se", "building block; res and rese are the paper's Res-2 and ReSE-2, res1 and rese1 its "
+        "Res-1 and ReSE-1", group="network", choices=tuple(BLOCKS),
+    )
     multi: bool = option(
         True, "use only the output of the last block instead of aggregating the last three",
         group="network", flag="--no-multi",
