@@ -7,6 +7,8 @@ Small parts come first, the network last. Layers are named by their place in the
 ``block3_conv1``, ``block3_conv1_bn``, …, ``block3_se_excitation``.
 """
 
+from collections.abc import Sequence
+
 from toolkit.blocks import BLOCKS, WIDTHS
 from toolkit.errors import UsageError
 from toolkit.models.config import NetworkConfig
@@ -211,30 +213,33 @@ def build_network(config: NetworkConfig, seed: int = 0) -> keras.Model:
     return network
 
 
-def build_excitations(network: keras.Model) -> keras.Model:
+def build_excitations(network: keras.Model, depths: Sequence[int] | None = None) -> keras.Model:
     """Build a model that outputs the excitations of a network and shares the network's weights.
 
     Parameters
     ----------
     network : keras.Model
         Network whose blocks contain squeeze and excitation.
+    depths : sequence of int or None
+        Blocks: 0 for the first to 8 for the last; None for all. Later blocks are not computed.
 
     Returns
     -------
     keras.Model
-        Maps segments to a list of nine arrays [shape=(batch, channels), dtype=float32], one per
-        block in order: the factors in (0, 1) by which the block scales its channels.
+        Maps segments to a list of arrays [shape=(batch, channels), dtype=float32], one per depth:
+        the factors in (0, 1) by which the block scales its channels.
 
     Raises
     ------
     UsageError
         The network has no excitations.
     """
-    names = [f"block{number}_se_excitation" for number in range(len(WIDTHS))]
-    if names[0] not in {layer.name for layer in network.layers}:
+    if "block0_se_excitation" not in {layer.name for layer in network.layers}:
         suitable = " or ".join(name for name, block in BLOCKS.items() if block.has_excitations)
         raise UsageError(
             f"a network of {network.name.split('_')[0]} blocks has no excitations: "
             f"use a model of {suitable} blocks"
         )
-    return keras.Model(network.input, [network.get_layer(name).output for name in names])
+    depths = range(len(WIDTHS)) if depths is None else depths
+    layers_of_depths = [network.get_layer(f"block{depth}_se_excitation") for depth in depths]
+    return keras.Model(network.input, [layer.output for layer in layers_of_depths])

@@ -1,7 +1,10 @@
 """extract_excitations.py: the table of excitations, and errors."""
 
+import errno
 import json
+import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from toolkit.data.annotations import MTT_TOP_TAGS
 import numpy as np
 import pandas as pd
 import pytest
+from pyarrow.parquet import ParquetFile
 from test_eval import make_model, published_shards, published_stage
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +116,85 @@ def test_excitations_do_not_depend_on_the_batch_size(tiny_dataset, tmp_path):
         np.concatenate([*one["ex"]]), np.concatenate([*many["ex"]]), atol=1e-6
     )
     assert one.drop(columns="ex").equals(many.drop(columns="ex"))
+
+
+def test_segments_have_their_own_excitations_and_levels(tiny_dataset, tmp_path, monkeypatch):
+    dataset = open_dataset(tiny_dataset)
+    model, path = make_model(tmp_path / "rese.keras", dataset, block="rese"), tmp_path / "x.parquet"
+    monkeypatch.setattr(extract_excitations, "_ROWS_PER_PART", 20)
+    arguments = [str(model), "--data-dir", str(tiny_dataset), "--out", str(path)]
+    assert extract_excitations.main([*arguments, "--segments"]) == 0
+    assert ParquetFile(path).num_row_groups > 2
+    table, by_clip = pd.read_parquet(path), extract_excitations.extract(model, tiny_dataset)
+    assert list(table.columns) == [*by_clip.columns, "rms"]
+    assert table.index.names == ["clip_id", "mp3_path", "segment"]
+    assert table.attrs == by_clip.attrs
+    clips = list(read_clips(dataset.splits["test"].shards))
+    expected = [(c.clip_id, c.mp3_path, n) for c in clips for n in range(len(c.segments))]
+    levels = np.concatenate([np.sqrt(np.mean(c.segments.astype(float) ** 2, 1)) for c in clips])
+    for depth in range(9):
+        rows = table[table["depth"] == depth]
+        assert rows.index.tolist() == expected
+        np.testing.assert_allclose(rows["rms"], levels, rtol=1e-12)
+        for identity, mean in by_clip[by_clip["depth"] == depth]["ex"].items():
+            of_clip = np.stack(rows.loc[identity, "ex"])
+            np.testing.assert_allclose(of_clip.mean(axis=0), mean, atol=1e-6)
+    for clip in clips:
+        assert (table.loc[clip.clip_id, list(dataset.tags)].to_numpy() == clip.labels).all()
+
+
+def test_chosen_depths_are_those_of_the_whole_table(tiny_dataset, tmp_path, capsys):
+    model, path = make_model(tmp_path / "se.keras", open_dataset(tiny_dataset)), tmp_path / "x.pkl"
+    arguments = [str(model), "--data-dir", str(tiny_dataset), "--out", str(path), "--depths"]
+    assert extract_excitations.main([*arguments, "5", "0", "5", "--segments"]) == 0
+    assert "segments at 2 depths" in capsys.readouterr().err
+    whole = extract_excitations.extract(model, tiny_dataset, per_segment=True)
+    expected = whole[whole["depth"].isin([0, 5])]
+    table = pd.read_pickle(path)
+    np.testing.assert_allclose(
+        np.concatenate([*table["ex"]]), np.concatenate([*expected["ex"]]), atol=1e-6
+    )
+    assert table.drop(columns="ex").equals(expected.drop(columns="ex"))
+    with pytest.raises(SystemExit, match="2"):
+        extract_excitations.main([*arguments, "9"])
+    assert "--depths: invalid choice: 9 (choose from 0, 1" in capsys.readouterr().err
+
+
+def test_a_large_pickle_of_segments_is_refused(tiny_dataset, tmp_path, capsys, monkeypatch):
+    model, path = make_model(tmp_path / "se.keras", open_dataset(tiny_dataset)), tmp_path / "x.pkl"
+    # The first of 6 clips has one segment, with 36 channels of float32.
+    monkeypatch.setattr(extract_excitations, "_MAX_PICKLE", 800)
+    monkeypatch.setattr(extract_excitations, "_ROWS_PER_PART", 1)
+    arguments = [model, "--data-dir", tiny_dataset, "--out", path]
+    assert refused(capsys, 2, *arguments, "--segments").endswith(
+        f"error: --out {path}: about 864 bytes of excitations, but at most 800 bytes fit into a "
+        "pickle: write .parquet, or fewer --depths"
+    )
+    assert not path.exists()
+    assert extract_excitations.main([*map(str, arguments)]) == 0
+
+
+def test_a_failure_leaves_the_earlier_file(tiny_dataset, tmp_path, capsys, monkeypatch):
+    model = make_model(tmp_path / "se.keras", open_dataset(tiny_dataset))
+    path = tmp_path / "x.parquet"
+    path.write_text("earlier")
+    monkeypatch.setattr(extract_excitations, "_ROWS_PER_PART", 1)
+    reads = 0
+
+    def pread(*arguments):
+        nonlocal reads
+        reads += arguments[1] > 1000  # samples
+        if reads == 4:
+            raise OSError(errno.EIO, "Input/output error")
+        return os_pread(*arguments)
+
+    os_pread = os.pread
+    monkeypatch.setattr(os, "pread", pread)
+    arguments = [model, "--data-dir", tiny_dataset, "--out", path, "--batch-size", 1]
+    message = refused(capsys, 1, *arguments)
+    assert re.search(r"tfrecord/test-\S+: Input/output error$", message)
+    assert path.read_text() == "earlier"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["se.keras", "x.parquet"]
 
 
 def refused(capsys, status, *arguments):

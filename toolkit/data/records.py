@@ -128,7 +128,11 @@ def read_record(
     ShardError
         The record is damaged.
     """
-    record = os.pread(file.fileno(), length + _FOOTER.size, start)
+    try:
+        record = os.pread(file.fileno(), length + _FOOTER.size, start)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     if len(record) < length + _FOOTER.size:
         raise _damaged(path, number, "the file is truncated")
     # A slice of bytes would copy the samples.
