@@ -128,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="folder for report.html, a page with scores, curves and mistakes to listen to, "
         "errors.csv, metrics.json, per_tag.csv, per_tag.png and predictions.csv; with several "
-        "models, one folder per model and comparison.json, .csv and .png; other files in the "
-        "folder are kept (default: none)",
+        "models, one folder per model, a page that compares them, and comparison.json, .csv and "
+        ".png; other files in the folder are kept (default: none)",
     )
     output.add_argument(
         "--seed",
@@ -200,7 +200,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
                 all_resamples,
                 arguments.seed,
             )
-            messages.say(f"{arguments.report}: comparison.json, comparison.csv, comparison.png")
+            write_page(arguments.report, dataset, tags, clips, results)
+            messages.say(
+                f"{arguments.report}: comparison.json, comparison.csv, comparison.png, {PAGE_NAME}"
+            )
 
 
 def _predict_validation(predict: Callable, dataset: Dataset) -> tuple | None:

@@ -186,6 +186,28 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.fixture
+def browser(tmp_path):
+    """Start Chromium, which logs its requests."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    driver = shutil.which("chromedriver")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not (driver and program):
+        pytest.skip("Chromium and its driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    names = (
+        "headless=new no-sandbox disable-gpu disable-dev-shm-usage no-first-run disable-sync "
+        "disable-background-networking disable-component-update window-size=1400,2400"
+    )
+    for name in (*names.split(), f"user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(f"--{name}")
+    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Return the folder with output of the published program."""

@@ -171,6 +171,8 @@ def test_models_are_compared_with_the_first(tiny_dataset, tmp_path, capsys):
         assert f"=> @ PR AUC score: {metrics['pr_auc']:.4f} ({name})" in out
         for file in ("per_tag.csv", "per_tag.png", "predictions.csv", "errors.csv", "report.html"):
             assert (report / name / file).stat().st_size
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert f"{names[1]} − {names[0]}" in page
     first, second, again = comparison["models"]
     for metric in ("roc_auc", "pr_auc"):
         assert second[f"{metric}_difference"] == pytest.approx(second[metric] - first[metric])
@@ -217,7 +219,7 @@ def test_thresholds_of_the_page_come_from_the_validation_clips(
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "highest F1 score on the validation clips" in page
     assert f"keras {keras.__version__}" in page and str(model_path) in page
-    source = re.search('<audio [^>]*src="([^"]+)"', page)[1]
+    source = re.search('class="audio" href="([^"]+)"', page)[1]
     assert (tmp_path / "report" / source).samefile(tiny_dataset / "mp3" / source.split("mp3/")[1])
 
     data_dir = shutil.copytree(tiny_dataset, tmp_path / "data")

@@ -11,22 +11,14 @@ import time
 
 import pytest
 
-webdriver = pytest.importorskip("selenium.webdriver")
+pytest.importorskip("selenium")
 
-from selenium.common.exceptions import WebDriverException  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
-from test_notebook import NOTEBOOK, make_table, write_table  # noqa: E402
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
+from test_notebook import NOTEBOOK, make_table, write_table
 
-DRIVER = shutil.which("chromedriver")
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (DRIVER and BROWSER), reason="Chromium and its driver are not installed"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=["notebook", "lab"])
@@ -59,22 +51,7 @@ def address(request, tmp_path):
         server.wait(30)
 
 
-@pytest.fixture
-def browser(tmp_path):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    names = (
-        "headless=new no-sandbox disable-gpu disable-dev-shm-usage no-first-run disable-sync "
-        "disable-background-networking disable-component-update window-size=1400,2400"
-    )
-    for name in (*names.split(), f"user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(f"--{name}")
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-def test_the_controls_change_the_picture(address, browser):
+def test_the_controls_change_the_picture(browser, address):
     browser.get(address)
     # Elements move while the page loads, so retry clicks that fail.
     wait = WebDriverWait(browser, 120, ignored_exceptions=[WebDriverException])

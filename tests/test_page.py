@@ -18,7 +18,7 @@ PATHS = [f"a/100% #{number}? x:<b>é'&amp;.mp3" for number in range(40)]
 
 
 class Page(HTMLParser):
-    """The visible text of a page, its links and the sources of its players."""
+    """The visible text of a page, its links, and those that become players."""
 
     def __init__(self, path):
         super().__init__()
@@ -29,11 +29,10 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.append(tag)
-        self.links += [attributes["href"]] if tag == "a" else []
+        if tag == "a":
+            is_audio = attributes.get("class") == "audio"
+            (self.sources if is_audio else self.links).append(attributes["href"])
         self.ids += [attributes["id"]] if "id" in attributes else []
-        if tag == "audio":
-            assert attributes["preload"] == "none"
-            self.sources.append(attributes["src"])
 
     def handle_data(self, data):
         self.text.append(data)
@@ -115,3 +114,13 @@ def test_the_page_says_which_clips_determine_the_thresholds(report, has_validati
     text = " ".join(Page(report(has_validation=has_validation) / "report.html").text)
     assert f"highest F1 score on the {said} clips" in text
     assert "because the dataset names no validation clips" in text or has_validation
+
+
+def test_models_stand_side_by_side_with_their_differences(report):
+    page = Page(report(num_models=3) / "report.html")
+    text = " ".join(" ".join(page.text).split())
+    for name in ("m-1.onnx", "m-2.onnx"):
+        assert f"ROC AUC {name} − m-0.onnx" in text
+    assert "difference from m-0.onnx" in text
+    assert text.count("Clips on which the models differ most") == len(TAGS) + 1
+    assert text.count("Predicted, but not labelled") == 3 * len(TAGS)

@@ -130,7 +130,7 @@ def write_page(
     environment = Environment(loader=loader, undefined=StrictUndefined, **options)
     environment.filters |= {
         "score": lambda value: "–" if np.isnan(value) else f"{value:.3f}",
-        "gain": lambda value: "–" if np.isnan(value) else f"{value:+.3f}",
+        "gain": lambda value: "–" if np.isnan(value) else f"{value:+.3f}".replace("-", "−"),
         "key": lambda value: "" if np.isnan(value) else f"{value:.6f}",
     }
     skipped, audio_folder = _build_of(dataset)
