@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from toolkit.errors import ToolkitError, UsageError
@@ -55,7 +55,9 @@ def option(
     return dataclasses.field(default=default, metadata=argparse_options)
 
 
-def add_options(parser: argparse.ArgumentParser, *options_classes: type) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *options_classes: type, without: Sequence[str] = ()
+) -> None:
     """Add the options that dataclasses declare with `option`, in their groups.
 
     Parameters
@@ -64,11 +66,13 @@ def add_options(parser: argparse.ArgumentParser, *options_classes: type) -> None
         See `new_parser`.
     *options_classes : type
         Dataclasses; fields without `option` are skipped.
+    without : sequence of str
+        Names of fields to skip.
     """
     groups = {group.title: group for group in parser._action_groups}
     for field in (field for cls in options_classes for field in dataclasses.fields(cls)):
         metadata = dict(field.metadata)
-        if not metadata:
+        if not metadata or field.name in without:
             continue
         title, flag, shown = (metadata.pop(name) for name in ("group", "flag", "shown"))
         if title not in groups:
