@@ -1,0 +1,229 @@
+"""tools.paper trains, tests and compares networks, and continues after an interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import eval as eval_script
+import train
+from input_data import Dataset, Split, open_dataset, read_clips
+from model import build_network
+from toolkit.cli import read_options
+from toolkit.data.annotations import MTT_TOP_TAGS
+from toolkit.data.manifest import write_manifest
+from toolkit.evaluation import score
+from toolkit.models import checkpoints
+from toolkit.models.checkpoints import Checkpoint
+from toolkit.models.config import NetworkConfig
+from toolkit.provenance import describe
+from toolkit.reports import write_report
+from toolkit.training.history import write_history
+from toolkit.training.options import TrainingOptions
+from toolkit.training.state import StageState
+from tools import paper, paper_results
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--init-features", "2", "--alpha", "2", "--batch-size", "4", "--num-lr-decays", "1",
+    "--max-epochs", "1",
+)  # fmt: skip
+COLUMNS = [
+    "network", "seed", "parameters", "roc_auc", "roc_auc_low", "roc_auc_high", "pr_auc",
+    "pr_auc_low", "pr_auc_high", "stages", "epochs", "hours", "published_roc_auc",
+]  # fmt: skip
+
+
+def train_nothing(words):
+    """Write the files of one finished epoch with initial weights."""
+    arguments = train.build_parser().parse_args(words)
+    dataset, options = open_dataset(arguments.data_dir), read_options(TrainingOptions, arguments)
+    config = replace(read_options(NetworkConfig, arguments), num_tags=len(dataset.tags))
+    row = {"epoch": 0, "loss": 0.6, "val_loss": 0.5, "seconds": 2.0}
+    state = StageState(0, 0.5, finished=True, history=[row])
+    training = {"stage": 0, "state": asdict(state), "options": asdict(options)}
+    stage = Path(arguments.train_dir) / "0"
+    stage.mkdir(parents=True)
+    network = Checkpoint(build_network(config), config, dataset.tags, training=training)
+    checkpoints.save(stage / "ckpt-e000-l0.5000.keras", network)
+    write_history(stage / "training.csv", [row])
+
+
+def report_noise(words):
+    """Write a report of random predictions."""
+    arguments = eval_script.build_parser().parse_args(words)
+    (model_path,), dataset = arguments.model_paths, open_dataset(arguments.data_dir)
+    clips = list(read_clips(dataset.splits["test"].shards))
+    labels = np.array([clip.labels for clip in clips])
+    noise = np.random.default_rng(len(model_path)).random(labels.shape)
+    origin = describe(model_path, dataset.path, dataset.tags, len(clips))
+    write_report(arguments.report, origin, dataset.tags, clips, noise, score(labels, noise))
+    (Path(arguments.report) / "report.html").touch()
+
+
+@pytest.fixture(scope="module")
+def run(tiny_dataset):
+    """Return a function that runs tools.paper with simulated commands, and returns these, too.
+
+    A command that contains the word of `fails` is killed.
+    """
+
+    def call(out, networks, *options, fails=None):
+        commands = []
+
+        def run_command(words, stop, watch=None, **environment):
+            script, *rest = map(str, words)
+            commands.append((script, *rest))
+            if any(fails and fails in word for word in rest):
+                return -signal.SIGKILL
+            if script == "train.py":
+                train_nothing(rest)
+            elif script == "eval.py":
+                report_noise(rest)
+            else:
+                option = "--output" if script == "-m" else "--out"
+                (out / Path(rest[rest.index(option) + 1]).name).touch()
+            return 0
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paper, "run_command", run_command)
+            words = ["--data-dir", str(tiny_dataset), "--out", str(out), "--networks", *networks]
+            return paper.main([*words, *SMALL, *options]), commands
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    """Return the folder of a run of two networks, after a network that failed."""
+    out = tmp_path_factory.mktemp("paper") / "out"
+    status, commands = run(out, ["res1", "basic", "se-multi"], fails="res1")
+    assert status == 1
+    assert [command[0] for command in commands] == [
+        "train.py", "train.py", "eval.py", "train.py", "eval.py",
+        "extract_excitations.py", "extract_excitations.py", "-m",
+    ]  # fmt: skip
+    return out
+
+
+def test_networks_are_scored_and_compared_although_one_failed(finished):
+    table = pd.read_csv(finished / "table.csv")
+    assert list(table.columns) == COLUMNS
+    assert list(table["network"]) == ["basic", "se-multi"]
+    assert list(table["parameters"]) == [792, 1900]
+    assert table["published_roc_auc"].isna().all()  # another dataset than MagnaTagATune
+    for row in table.itertuples():
+        report = finished / row.network / "seed-0" / "report" / "metrics.json"
+        assert row.roc_auc == pytest.approx(json.loads(report.read_text())["roc_auc"], abs=1e-6)
+        assert row.roc_auc_low <= row.roc_auc <= row.roc_auc_high
+    (difference,) = pd.read_csv(finished / "differences.csv").itertuples()
+    assert (difference.network, difference.baseline) == ("basic", "se-multi")
+    expected = table["roc_auc"][0] - table["roc_auc"][1]
+    assert difference.roc_auc_difference == pytest.approx(expected, abs=2e-6)
+    assert "| basic | 792 |" in (finished / "table.md").read_text()
+    assert (finished / "auc.png").stat().st_size > 10_000
+    assert (finished / "excitation_analysis.ipynb").exists()
+
+
+def test_finished_networks_are_not_trained_again(run, finished, capsys):
+    before = (finished / "table.csv").read_text()
+    status, commands = run(finished, ["basic", "se-multi"])
+    assert (status, commands) == (0, [])
+    assert (finished / "table.csv").read_text() == before
+    assert "basic, seed 0: finished" in capsys.readouterr().err
+
+
+def test_other_options_than_those_of_an_existing_network_are_refused(run, finished, capsys):
+    assert run(finished, ["basic"], "--init-features", "3") == (2, [])
+    assert "--init-features was 2, now 3" in capsys.readouterr().err
+
+
+def test_options_are_passed_to_train(run, tmp_path, capsys):
+    options = ("--seeds", "5", "--mixed-precision")
+    status, commands = run(tmp_path / "out", ["res"], *options, fails="res")
+    assert (status, len(commands)) == (1, 1)
+    assert commands[0][commands[0].index("--block") :] == (
+        "--block", "res", "--no-multi", "--alpha", "2.0", "--init-features", "2",
+        "--batch-size", "4", "--num-lr-decays", "1", "--max-epochs", "1", "--seed", "5",
+        "--mixed-precision",
+    )  # fmt: skip
+    said = capsys.readouterr().err
+    assert "res, seed 5: to train" in said
+    assert "res, seed 5: train.py: ended by SIGKILL, possibly out of memory" in said
+
+
+def test_the_time_is_estimated_after_the_first_epoch(tmp_path, capsys):
+    options = TrainingOptions(num_lr_decays=5, patience=2, max_epochs=100)
+    job = paper_results.Job("se", 0, tmp_path, NetworkConfig(), options, False)
+    estimate = paper.estimate_of(job)
+    estimate()
+    (tmp_path / "0").mkdir()
+    write_history(tmp_path / "0" / "training.csv", [{"epoch": 0, "seconds": 3600.0}])
+    estimate()
+    estimate()
+    expected = "1 h per epoch: 20 h for 5 stages of 4 epochs, at most 500 h for 100"
+    assert capsys.readouterr().err == f"se, seed 0: {expected}\n"
+
+
+@pytest.mark.parametrize(("skipped", "expected"), [("699c", True), ("69", False), ("6999c", False)])
+def test_published_values_belong_to_the_listed_clips_of_magnatagatune(tmp_path, skipped, expected):
+    clips = {"train": 15_247, "val": 1_528, "test": 4_332}
+    splits = {name: {"clips": num, "segments": 0, "shards": []} for name, num in clips.items()}
+    (tmp_path / "tfrecord").mkdir()
+    rows = [{"clip_id": "1", "mp3_path": f"{folder}/a.mp3", "reason": ""} for folder in skipped]
+    content = {"tags": list(MTT_TOP_TAGS), "sample_rate": 22050, "num_samples": 59049}
+    write_manifest(tmp_path / "tfrecord", content | {"splits": splits, "skipped": rows})
+    splits = {name: Split([], num) for name, num in clips.items()}
+    assert paper.is_magnatagatune(Dataset(tmp_path, MTT_TOP_TAGS, 22050, 59049, splits)) == expected
+    other = tuple(reversed(MTT_TOP_TAGS[1:]))
+    assert not paper.is_magnatagatune(Dataset(tmp_path, other, 22050, 59049, splits))
+
+
+def test_several_seeds_are_shown_by_mean_and_range():
+    rows = pd.DataFrame({"network": "se", "seed": [0, 1], "roc_auc": [0.75, 0.85]})
+    assert paper_results.summary(rows, "roc_auc")[-1] == "0.8000 (0.7500–0.8500)"
+    assert paper_results.draw_scores(rows, True, "data").startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_twice_has_the_result_of_an_uninterrupted_one(tiny_dataset, tmp_path):
+    def start(out):
+        command = [sys.executable, "-m", "tools.paper", "--data-dir", str(tiny_dataset)]
+        command += ["--out", str(out), "--networks", "basic", "res1-multi", *SMALL]
+        return subprocess.Popen(
+            [*command, "--max-epochs", "3"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+
+    def kill_when(out, network, number):
+        """Kill the run after the first epoch of a network."""
+        process = start(out)
+        deadline = time.monotonic() + 300
+        while not (out / network / "seed-0" / "0" / "training.csv").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(process.pid, number)
+        assert "basic, seed 0: " in process.communicate(timeout=60)[1]
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143)
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_when(killed, "basic", signal.SIGKILL)
+    kill_when(killed, "res1-multi", signal.SIGTERM)
+    said = start(killed).communicate(timeout=300)[1]
+    assert "basic, seed 0: finished" in said
+    assert start(whole).wait(timeout=300) == 0
+    tables = [pd.read_csv(out / "table.csv").drop(columns="hours") for out in (killed, whole)]
+    pd.testing.assert_frame_equal(*tables)
+    predictions = [
+        np.loadtxt(out / "res1-multi/seed-0/report/predictions.csv", delimiter=",", skiprows=1,
+                   usecols=range(2, 2 + len(open_dataset(tiny_dataset).tags)))
+        for out in (killed, whole)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*predictions)
