@@ -1,6 +1,9 @@
-"""Fonts of figures: installed ones that have the characters, or one line that names a font."""
+"""Figures: fonts that have the characters, or one line that names a font; texts that fit."""
+
+from itertools import combinations
 
 from toolkit import figures
+from toolkit.evaluation import bootstrap, score
 from toolkit.provenance import describe
 
 import numpy as np
@@ -39,3 +42,38 @@ def test_without_such_a_font_one_line_names_one_to_install(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith("no installed font has ") and font in err
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["log-1", "log-rese-1", "log-basic-1"],
+        [
+            "se-multi-auc_0.9111-tfrmodel",
+            "rese-multi-auc_0.9113-tfrmodel",
+            "first-trial-log-4",
+        ],
+    ],
+)
+def test_texts_of_a_comparison_fit_and_do_not_overlap(names, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (saved.append(f), save(f, *a, **k)))
+    random = np.random.default_rng(0)
+    labels = np.tile([[0, 1], [1, 0]], (30, 1)).astype(np.uint8)
+    predictions = [labels + random.normal(size=labels.shape) for _ in names]
+    scores = [score(labels, values) for values in predictions]
+    resamples = [bootstrap(labels, values, num_resamples=50) for values in predictions]
+    provenances = [describe("m.keras", "data", ("a", "b"), 60, name=name) for name in names]
+    figures.plot_comparison(tmp_path / "c.png", provenances, ("a", "b"), scores, resamples)
+    (figure,) = saved
+    # Numbers also belong to ticks outside the axes, which are not drawn.
+    texts = [text for text in figure.findobj(Text) if text.get_visible()]
+    texts = [text for text in texts if any(map(str.isalpha, text.get_text()))]
+    boxes = [text.get_window_extent() for text in texts]
+    assert {"data, 60 test clips", "ROC AUC"} < {text.get_text() for text in texts}
+    assert all(box.x0 >= 0 and box.x1 <= 830 for box in boxes)
+    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]

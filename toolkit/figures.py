@@ -95,18 +95,22 @@ def plot_training(
     bottom.set_xlim(0.5, len(rows) + 0.5)
     top.legend(frameon=False, fontsize="small")
     bottom.legend(frameon=False, fontsize="small")
-    _save(figure, path, provenance)
+    _save(figure, path, provenance, split="validation")
 
 
-def _save(figure: "Figure", path: str | Path, *provenances: Provenance) -> None:
+def _save(
+    figure: "Figure", path: str | Path, *provenances: Provenance, split: str = "test"
+) -> None:
     """Write a figure completely or not at all, in fonts that have its characters.
 
-    The figure shows model, dataset and number of clips. The metadata of the file contains all of
-    the provenance.
+    The figure shows model, dataset and number of clips of the split. The metadata of the file
+    contains all of the provenance.
     """
     from matplotlib.text import Text
 
-    line = provenances[0].data
+    line, num_clips = provenances[0].dataset, provenances[0].num_clips
+    if num_clips is not None:  # unknown, or an audio file
+        line += f", {messages.count(num_clips, f'{split} clip')}"
     if len(provenances) == 1:  # several models are in the legend
         line = f"{provenances[0].model}: {line}"
     figure.supxlabel(_shorten(line), x=0.01, ha="left", fontsize="small", parse_math=False)
@@ -124,8 +128,8 @@ def _save(figure: "Figure", path: str | Path, *provenances: Provenance) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _shorten(line: str) -> str:
-    return line if len(line) <= 90 else f"{line[:89]}…"
+def _shorten(line: str, length: int = 90) -> str:
+    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 def _tag_rows(tags: tuple[str, ...], positives: np.ndarray, order: np.ndarray) -> list[str]:
@@ -300,7 +304,8 @@ def plot_comparison(
     left.set_ylabel("tag (positive clips)")
     left.set_xlabel("ROC AUC")
     right.set_xlabel(
-        f"ROC AUC above that of {names[0]}, with {100 * CONFIDENCE:g} % interval\n"
+        f"ROC AUC above that of {_shorten(names[0], 26)},\n"
+        f"with {100 * CONFIDENCE:g} % interval\n"
         f"(hollow: under {_FEW_POSITIVES} positive clips, interval unreliable)"
     )
     if num_models == 2:
@@ -310,11 +315,14 @@ def plot_comparison(
     looks = map(_look, range(num_models))
     handles = [Line2D([], [], linestyle="", color=c, marker=m) for c, m in looks]
     labels = [
-        f"{name} (mean {its.macro_roc_auc:.4f})" for name, its in zip(names, scores, strict=True)
+        f"{_shorten(name, 70)} (mean {its.macro_roc_auc:.4f})"
+        for name, its in zip(names, scores, strict=True)
     ]
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(num_models, 3), frameon=False
-    )
+    # About 105 characters fit into the width, and a marker takes the place of 6.
+    fitting = 105 // (max(map(len, labels)) + 6)
+    num_columns = max(1, min(num_models, 3, fitting))
+    figure.set_figheight(figure.get_figheight() + 0.22 * ((num_models - 1) // num_columns))
+    figure.legend(handles, labels, loc="outside upper center", ncols=num_columns, frameon=False)
     _save(figure, path, *provenances)
 
 

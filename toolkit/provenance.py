@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import toolkit
-from toolkit import messages
 from toolkit.models import checkpoints
 
 
@@ -46,13 +45,6 @@ class Provenance:
     def to_json(self) -> dict:
         """Return the fields as a JSON-serialisable dict."""
         return asdict(self)
-
-    @property
-    def data(self) -> str:
-        """The dataset and the number of clips, for figures."""
-        if self.num_clips is None:
-            return self.dataset
-        return f"{self.dataset}, {messages.count(self.num_clips, 'clip')}"
 
 
 def describe(
