@@ -30,11 +30,16 @@ demo: $(VENV)/installed
 
 # Execute the committed notebook on the demo, without timings and widget state.
 notebook: $(VENV)/installed
-	EXCITATIONS=$(DEMO)/excitations.pkl DATA_DIR=$(DEMO)/dataset FIGURES_DIR=docs/images \
-	  $(BIN)/jupyter nbconvert --to notebook --execute --inplace excitation_analysis.ipynb \
+	$(BIN)/python extract_excitations.py $(DEMO)/log/1 --data-dir $(DEMO)/dataset \
+	  --segments --depths 0 --out $(DEMO)/segments.parquet
+	mkdir -p $(DEMO)/figures
+	EXCITATIONS=$(DEMO)/excitations.pkl EXCITATIONS_SEGMENTS=$(DEMO)/segments.parquet \
+	  DATA_DIR=$(DEMO)/dataset FIGURES_DIR=$(DEMO)/figures $(BIN)/jupyter nbconvert \
+	  --to notebook --execute --inplace excitation_analysis.ipynb \
 	  --ExecutePreprocessor.record_timing=False \
 	  --ExecutePreprocessor.extra_arguments=--log-level=ERROR \
 	  --ExecutePreprocessor.store_widget_state=False
+	cp $(DEMO)/figures/first_block_heat_map.png $(DEMO)/figures/loudness.png docs/images
 	$(BIN)/jupyter nbconvert --to notebook --inplace excitation_analysis.ipynb \
 	  --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_all_outputs_tags=interactive \

@@ -70,7 +70,7 @@ def environment(tmp_path, monkeypatch):
     """Return a function that sets the variables of the notebook and clears the others."""
 
     def set_variables(**variables):
-        for name in ("EXCITATIONS", "DATA_DIR", "FIGURES_DIR"):
+        for name in ("EXCITATIONS", "EXCITATIONS_SEGMENTS", "DATA_DIR", "FIGURES_DIR"):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
@@ -183,9 +183,15 @@ def test_plot_ex_sorts_by_the_mean_of_the_tags_shown(run_until, tmp_path):
     path = write_table(tmp_path / "some.pkl", table)
     variables = run_until("chosen", EXCITATIONS=path)
     means = variables["means"]
-    chosen = means[0].loc[["classical", "metal", "dance"]].to_numpy()
     figure = plt.figure(plt.get_fignums()[-1])
-    np.testing.assert_array_equal(curves_of(figure), chosen[:, np.argsort(chosen.mean(axis=0))])
+    for axes, depth in zip(figure.axes, [0, 4, 8], strict=True):
+        chosen = means[depth].loc[["classical", "metal", "dance"]].to_numpy()
+        curves = [line.get_ydata() for line in axes.lines]
+        by_channel = chosen.mean(axis=0)
+        np.testing.assert_array_equal(curves, chosen[:, np.argsort(by_channel)])
+        assert axes.get_title() == f"depth {depth}"
+        below, above = sum(by_channel < 0.5), sum(by_channel > 0.5)
+        assert axes.get_xlabel().endswith(f"\n{below} below 0.5, {above} above")
     assert legend_of(figure) == ["classical", "metal", "dance"]
 
     variables["plot_ex"](4, sort=False, tags=["rock"])
@@ -203,6 +209,56 @@ def test_missing_chosen_tags_are_named_and_replaced(run_until, tmp_path, capsys)
         in capsys.readouterr().out
     )
     assert legend_of(plt.figure(plt.get_fignums()[-1])) == ["metal", "rock", "rare"]
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".parquet"])
+def test_excitations_of_segments_are_compared_with_loudness(run_until, tmp_path, suffix):
+    rms = np.linspace(0.1, 0.5, 30)
+    noise = np.tile([0.01, -0.02, 0.01], 10)  # uncorrelated with a straight line
+    slopes, intercepts = np.array([0.3, -0.5, 0.02, -0.1]), np.array([0.2, 0.8, 0.4, 0.6])
+    channels = np.outer(rms, slopes) + intercepts + np.outer(noise, [1, 1, 1, 0])
+    segments = pd.DataFrame(
+        {"ex": [*channels.astype(np.float32), *channels], "depth": [0] * 30 + [8] * 30},
+        index=pd.MultiIndex.from_product(
+            [["1", "2"], ["a.mp3"], range(30)], names=["clip_id", "mp3_path", "segment"]
+        ),
+    ).assign(rock=1, rms=[*rms, *rms])
+    segments.attrs = {"model": "of segments", "dataset": "d", "num_clips": 2}
+    variables = run_until(
+        "segments",
+        EXCITATIONS=write_table(tmp_path / "some.pkl", make_table()),
+        EXCITATIONS_SEGMENTS=write_table(tmp_path / f"segments{suffix}", segments),
+    )
+    expected = [np.polyfit(rms, channel, 1, full=True)[:2] for channel in channels.T]
+    lines = variables["lines"]
+    np.testing.assert_allclose(lines[["slope", "intercept"]], [e[0] for e in expected], atol=1e-6)
+    np.testing.assert_allclose(lines["error"], [e[1][0] / 30 for e in expected], atol=1e-8)
+    figure = plt.figure(plt.get_fignums()[-1])
+    assert figure.get_suptitle() == "depth 0 (of segments: d, 2 clips)"
+    shown = [axes.get_title().split("\n")[0] for axes in figure.axes]
+    assert shown[0] == "mean of 4 channels"
+    names = ("most positive", "most negative", "most neutral", "least error")
+    assert shown[1:5] == [f"{name}: channel {channel}" for channel, name in enumerate(names)]
+    assert shown[5] == "channels with positive slope: 2"
+    assert figure.axes[5].get_title().endswith("negative: 2")
+    for axes, values in zip(figure.axes, [channels.mean(axis=1), *channels.T], strict=False):
+        points = np.column_stack([rms, values])
+        np.testing.assert_allclose(axes.collections[0].get_offsets(), points, atol=1e-6)
+
+
+def test_without_a_table_per_segment_its_command_is_printed(run_until, tmp_path, capsys):
+    table = make_table()
+    table.attrs = {"model": "m", "checkpoint": "a/b.keras", "dataset": "d", "num_clips": 24}
+    path = write_table(tmp_path / "some.parquet", table)
+    for variables in ({}, {"EXCITATIONS_SEGMENTS": path}):
+        run_until("segments", EXCITATIONS=path, **variables)
+        command = "python extract_excitations.py a/b.keras --data-dir d --segments --depths 0"
+        assert command in capsys.readouterr().out
+
+    segments = table.set_index(pd.Index(range(len(table)), name="segment"), append=True)
+    write_table(path, segments)
+    with pytest.raises(ValueError, match=r"per segment: name it in EXCITATIONS_SEGMENTS"):
+        run_until("load", EXCITATIONS=path)
 
 
 # --- Additional analyses and the whole notebook ---------------------------------------------------
@@ -259,7 +315,8 @@ def test_runs_in_a_kernel_and_its_controls_redraw_the_picture(environment, tmp_p
     assert len(images_of(notebook)) == NUM_FIGURES
     assert "pictures: 5" in text_of(notebook)
     assert "DATA_DIR is not set" in text_of(notebook)
-    assert [path.name for path in figures.iterdir()] == ["first_block_excitations.png"]
+    names = "chosen_tags first_block_excitations first_block_heat_map standard_deviation"
+    assert sorted(path.stem for path in figures.iterdir()) == names.split()
     assert not list(folder.iterdir())
     widgets = notebook.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
     names = {widget["model_name"] for widget in widgets.values()}

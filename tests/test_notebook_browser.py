@@ -35,7 +35,7 @@ def address(request, tmp_path):
     runtime = str(tmp_path / "runtime")
     environment = os.environ | {"HOME": str(tmp_path), "JUPYTER_RUNTIME_DIR": runtime}
     environment["BROWSER"] = str(browser)
-    for name in ("EXCITATIONS", "DATA_DIR", "FIGURES_DIR"):
+    for name in ("EXCITATIONS", "EXCITATIONS_SEGMENTS", "DATA_DIR", "FIGURES_DIR"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "jupyter", request.param, NOTEBOOK.name, "--allow-root"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
