@@ -213,6 +213,23 @@ def build_network(config: NetworkConfig, seed: int = 0) -> keras.Model:
     return network
 
 
+def build_embeddings(network: keras.Model) -> keras.Model:
+    """Build a model that also outputs embeddings, and shares the network's weights.
+
+    Parameters
+    ----------
+    network : keras.Model
+        Network of `build_network`.
+
+    Returns
+    -------
+    keras.Model
+        Maps segments to the tag probabilities and to embeddings [shape=(batch, num_features),
+        dtype=float32]: what the output layer receives, after ReLU and without dropout.
+    """
+    return keras.Model(network.input, [network.output, network.get_layer("hidden_relu").output])
+
+
 def build_excitations(network: keras.Model, depths: Sequence[int] | None = None) -> keras.Model:
     """Build a model that outputs the excitations of a network and shares the network's weights.
 

@@ -3,6 +3,7 @@
     python tag.py se-multi-auc_0.9111-tfrmodel.hdf5 song.mp3
     python tag.py model.onnx ~/Music --json > tags.jsonl
     python tag.py log/4 song.flac --taggram song.png --hop 22050
+    python tag.py log/4 ~/Music --save-embeddings music.npz
 
 A file's probability of a tag is the mean over its segments, as in evaluation. With an ``.onnx``
 file, Keras is not needed.
@@ -20,7 +21,7 @@ from pathlib import Path
 from toolkit import cli, figures, messages
 from toolkit.data.audio import check_file
 from toolkit.errors import AudioError, UsageError
-from toolkit.files import write_atomically
+from toolkit.files import write_atomically, written_whole
 from toolkit.models.tags import choose_tags
 from toolkit.prediction import DEFAULT_BATCH_SIZE, clip_mean, load
 from toolkit.provenance import as_text, describe
@@ -129,6 +130,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="print all tags as JSON, one line per file (default: off)",
     )
     output.add_argument(
+        "--save-embeddings",
+        metavar="FILE.npz",
+        default=None,
+        help="write the activations before the output layer, averaged over each file's segments: "
+        "arrays paths and embeddings (default: none)",
+    )
+    output.add_argument(
         "--taggram",
         metavar="FILE.png",
         default=None,
@@ -158,14 +166,15 @@ def _tag(arguments: argparse.Namespace) -> None:
     for path, is_named in files:
         if is_named and (len(files) == 1 or not os.path.exists(path)):
             check_file(path)  # before the model is loaded, which takes seconds
-    _check_taggrams(arguments, len(files))
+    _check_outputs(arguments, len(files))
 
-    checkpoint = load(arguments.model_path)
+    checkpoint = load(arguments.model_path, embeddings=bool(arguments.save_embeddings))
     tags = choose_tags(arguments.model_path, checkpoint, arguments.tags)
     segment, rate = checkpoint.config.num_samples, checkpoint.sample_rate
     hop = arguments.hop or segment
     was_named = dict(files)
     num_skipped = num_tagged = 0
+    paths, embeddings = [], []  # of --save-embeddings: one mean per file
 
     def refused(path: Path, error: AudioError) -> None:
         nonlocal num_skipped
@@ -175,7 +184,7 @@ def _tag(arguments: argparse.Namespace) -> None:
             num_skipped += 1
             messages.say(f"{error}: skipped")
 
-    for path, probabilities in tag_files(
+    for path, probabilities, *others in tag_files(
         checkpoint, [path for path, _ in files], hop, arguments.batch_size, refused
     ):
         means = clip_mean(probabilities)
@@ -188,6 +197,9 @@ def _tag(arguments: argparse.Namespace) -> None:
         else:
             _print(("\n" if num_tagged else "") + _table(path, tags, means, arguments.top))
         num_tagged += 1
+        for of_segments in others:
+            paths.append(as_text(path))
+            embeddings.append(clip_mean(of_segments).astype(np.float32))
         starts = np.arange(len(probabilities)) * hop / rate
         if arguments.save_taggram:
             write_taggram(arguments.save_taggram, tags, probabilities, starts)
@@ -197,6 +209,9 @@ def _tag(arguments: argparse.Namespace) -> None:
                 arguments.taggram, provenance, tags, probabilities, starts, seconds, arguments.top
             )
 
+    if embeddings:
+        with written_whole(arguments.save_embeddings) as file:
+            np.savez(file, paths=np.array(paths), embeddings=np.array(embeddings))
     if num_skipped:
         messages.say(
             f"{num_skipped:,} of {len(files):,} files could not be decoded and were skipped"
@@ -211,15 +226,16 @@ def _tag(arguments: argparse.Namespace) -> None:
         raise AudioError(f"{', '.join(arguments.audio)}: no audio found")
 
 
-def _check_taggrams(arguments: argparse.Namespace, num_files: int) -> None:
-    """Check the options of the taggram before the files are tagged."""
+def _check_outputs(arguments: argparse.Namespace, num_files: int) -> None:
+    """Check the options of output files before the files are tagged."""
     for option, path, suffixes in (
         ("--taggram", arguments.taggram, figures.PICTURE_FORMATS),
         ("--save-taggram", arguments.save_taggram, (".csv",)),
+        ("--save-embeddings", arguments.save_embeddings, (".npz",)),
     ):
         if path is None:
             continue
-        if num_files != 1:
+        if num_files != 1 and "taggram" in option:
             raise UsageError(f"{option} needs exactly one audio file, but there are {num_files:,}")
         if Path(path).suffix.lower() not in suffixes:
             raise UsageError(f"{option} {path}: expected a name that ends in {', '.join(suffixes)}")

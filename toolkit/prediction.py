@@ -34,14 +34,15 @@ class Prediction:
     clip : Clip
         Without its segments, so that their memory is freed.
     outputs : list of np.ndarray [shape=(n_segments, n_features), dtype=float32]
-        Outputs of the model: the probabilities of the tags, or the excitations at each depth.
+        Outputs of the model: the probabilities of the tags and, if requested, the embeddings; or
+        the excitations at each depth.
     """
 
     clip: Clip
     outputs: list[np.ndarray]
 
 
-def load(model_path: str | Path) -> Checkpoint:
+def load(model_path: str | Path, embeddings: bool = False) -> Checkpoint:
     """Load a model to predict with: an ``.onnx`` file by ONNX Runtime, others by Keras.
 
     Parameters
@@ -49,18 +50,33 @@ def load(model_path: str | Path) -> Checkpoint:
     model_path : str or Path
         Model file or a stage's folder (see `toolkit.models.checkpoints.load`), or an ``.onnx``
         file that tools.convert_model wrote.
+    embeddings : bool
+        Whether the network also outputs embeddings: the activations before the output layer, after
+        ReLU and without dropout.
 
     Raises
     ------
     CheckpointError
         The file is not a model file.
     UsageError
-        ONNX Runtime or Keras's backend is not installed.
+        ONNX Runtime or Keras's backend is not installed, or an ``.onnx`` file of an earlier
+        version has no embeddings.
+
+    Examples
+    --------
+    >>> checkpoint = load("demo/log/1")
+    >>> len(checkpoint.tags), checkpoint.sample_rate
+    (50, 22050)
     """
     if Path(model_path).suffix == onnx_file.SUFFIX:
-        return onnx_file.load(model_path)
+        return onnx_file.load(model_path, embeddings)
     backend.import_keras()
-    return checkpoints.load(model_path)
+    checkpoint = checkpoints.load(model_path)
+    if embeddings:
+        from model import build_embeddings  # imports Keras
+
+        checkpoint.network = build_embeddings(checkpoint.network)
+    return checkpoint
 
 
 def load_for_dataset(
@@ -286,5 +302,10 @@ def clip_mean(outputs: np.ndarray) -> np.ndarray:
     Returns
     -------
     np.ndarray [shape=(n_features,), dtype=float64]
+
+    Examples
+    --------
+    >>> clip_mean(np.array([[0.2, 1.0], [0.4, 0.0]]))
+    array([0.3, 0.5])
     """
     return outputs.mean(axis=0, dtype=np.float64)

@@ -42,6 +42,12 @@ def find_files(paths: Iterable[str | Path]) -> tuple[list[tuple[Path, bool]], li
         links name is read once. The second value is True if the file itself was given.
     errors : list of AudioError
         Folders that cannot be read.
+
+    Examples
+    --------
+    >>> files, errors = find_files(["demo/dataset/mp3/d", "demo/medley.mp3"])
+    >>> files[-1], len(errors)
+    ((PosixPath('demo/medley.mp3'), True), 0)
     """
     files, errors = [], []
 
@@ -62,7 +68,7 @@ def tag_files(
     hop: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     refused: Callable[[Path, AudioError], None] | None = None,
-) -> Iterator[tuple[Path, np.ndarray]]:
+) -> Iterator[tuple[Path, *tuple[np.ndarray, ...]]]:
     """Predict the tags of every segment of audio files, and show the progress.
 
     Audio shorter than a segment is padded with silence.
@@ -86,6 +92,8 @@ def tag_files(
         In the given order.
     probabilities : np.ndarray [shape=(n_segments, n_tags), dtype=float32]
         Probabilities of the model's tags in each segment.
+    embeddings : np.ndarray [shape=(n_segments, n_features), dtype=float32]
+        Only if the model was loaded with embeddings.
 
     Raises
     ------
@@ -93,6 +101,13 @@ def tag_files(
         A file cannot be decoded, and `refused` is None.
     CheckpointError
         The predictions contain NaN or infinity.
+
+    Examples
+    --------
+    >>> checkpoint = load("demo/log/1", embeddings=True)
+    >>> for path, probabilities, embeddings in tag_files(checkpoint, ["demo/medley.mp3"]):
+    ...     print(path, probabilities.shape, embeddings.shape)
+    demo/medley.mp3 (150, 50) (150, 128)
     """
     network, config = checkpoint.network, checkpoint.config
     compile_for_prediction(network, config.block)
@@ -124,13 +139,13 @@ def tag_files(
 
     with shown, closing(decoded):
         for prediction in predict_clips(network, clips(), batch_size, after_batch):
-            path, (probabilities,) = prediction.clip.mp3_path, prediction.outputs
+            path, outputs = prediction.clip.mp3_path, prediction.outputs
             if path in broken:
                 continue
-            if not np.isfinite(probabilities).all():
+            if not all(np.isfinite(output).all() for output in outputs):
                 raise CheckpointError(f"{path}: the predictions contain NaN or infinity")
             shown.update()
-            yield Path(path), probabilities
+            yield Path(path), *outputs
 
 
 def _decode_ahead(*files) -> Iterator[tuple[Path, Clip | Exception]]:

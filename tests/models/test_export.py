@@ -144,9 +144,10 @@ def test_onnx_names_its_inputs_and_outputs(tmp_path):
     session = onnxruntime.InferenceSession(
         str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
     )
-    (segments,), (tags,) = session.get_inputs(), session.get_outputs()
+    (segments,), (tags, embeddings) = session.get_inputs(), session.get_outputs()
     assert (segments.name, segments.shape) == ("segments", ["batch", 59049])
     assert (tags.name, tags.shape) == ("tags", ["batch", len(TAGS)])
+    assert (embeddings.name, embeddings.shape) == ("embeddings", ["batch", 3 * 8])
     described = read_description(tmp_path / "model.onnx")
     assert described["tags"] == list(TAGS)
     assert described["sample_rate"] == 16000
@@ -154,16 +155,19 @@ def test_onnx_names_its_inputs_and_outputs(tmp_path):
     assert NetworkConfig(**described["network"]) == checkpoint.config
 
 
-@pytest.mark.parametrize(("error", "found"), [(0.01, r"\d"), (np.nan, "nan")])
-def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch, error, found):
+@pytest.mark.parametrize(
+    ("array", "error", "found"),
+    [("tags/bias", 0.01, r"\d"), ("tags/bias", np.nan, "nan")],
+)
+def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch, array, error, found):
     path = tmp_path / "model.onnx"
     build = exports.build_onnx
 
     def spoilt(checkpoint):
         model = build(checkpoint)
-        bias = next(array for array in model.graph.initializer if array.name == "tags/bias")
+        (bias,) = (found for found in model.graph.initializer if found.name == array)
         values = onnx.numpy_helper.to_array(bias) + np.float32(error)
-        bias.CopyFrom(onnx.numpy_helper.from_array(values, "tags/bias"))
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, array))
         return model
 
     monkeypatch.setattr(exports, "build_onnx", spoilt)

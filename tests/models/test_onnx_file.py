@@ -3,7 +3,7 @@
 import json
 import sys
 
-from model import build_network
+from model import build_embeddings, build_network
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.errors import CheckpointError, UsageError
 from toolkit.models import onnx_file
@@ -69,6 +69,9 @@ def test_quantised_networks_are_read(tmp_path):
     assert (loaded.config, loaded.tags) == (config, MTT_TOP_TAGS)
     segments = np.random.default_rng(0).normal(0, 0.2, (2, 59049)).astype(np.float32)
     np.testing.assert_allclose(loaded.network(segments), network(segments), atol=0.02)
+    outputs = onnx_file.load(tmp_path / "small.onnx", embeddings=True).network(segments)
+    for output, expected in zip(outputs, build_embeddings(network)(segments), strict=True):
+        np.testing.assert_allclose(output, expected, atol=0.02)
 
 
 def test_inputs_of_half_precision_are_refused(content, tmp_path):

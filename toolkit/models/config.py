@@ -4,7 +4,7 @@ import reprlib
 from dataclasses import asdict, dataclass
 
 from toolkit import cli
-from toolkit.blocks import BLOCKS
+from toolkit.blocks import BLOCKS, WIDTHS
 from toolkit.cli import option
 from toolkit.data.audio import SAMPLES_PER_SEGMENT
 from toolkit.errors import UsageError
@@ -85,6 +85,11 @@ class NetworkConfig:
     def has_excitations(self) -> bool:
         """Whether the blocks contain squeeze and excitation."""
         return BLOCKS[self.block].has_excitations
+
+    @property
+    def num_features(self) -> int:
+        """Number of features that the output layer receives."""
+        return sum(WIDTHS[-3 if self.multi else -1 :]) * self.init_features
 
     def to_json(self) -> dict:
         """Return the fields as a JSON-serialisable dict."""

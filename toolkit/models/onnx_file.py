@@ -1,6 +1,7 @@
 """Load the ``.onnx`` files that tools.convert_model wrote, and predict without Keras."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit import backend
@@ -24,28 +25,31 @@ class OnnxNetwork:
         An exported network (see `onnx_graph.build_onnx`).
     num_samples : int
         Samples per segment.
+    outputs : sequence of str
+        Names of the outputs to compute.
     """
 
-    def __init__(self, session, num_samples: int):
+    def __init__(self, session, num_samples: int, outputs: Sequence[str]):
         self.input_shape = (None, num_samples)
-        self._session = session
+        self._session, self._outputs = session, outputs
 
-    def __call__(self, segments: np.ndarray, training: bool = False) -> np.ndarray:
+    def __call__(self, segments: np.ndarray, training: bool = False):
         """Predict segments [shape=(n_segments, n_samples), dtype=float32]."""
-        return self._session.run(["tags"], {"segments": segments})[0]
+        outputs = self._session.run(self._outputs, {"segments": segments})
+        return outputs if len(outputs) > 1 else outputs[0]
 
     predict_on_batch = __call__
 
 
-def load(path: str | Path) -> Checkpoint:
-    """Load an exported model.
+def load(path: str | Path, embeddings: bool = False) -> Checkpoint:
+    """Load an exported model, which outputs tags and, if requested, embeddings.
 
     Raises
     ------
     CheckpointError
         The file does not exist, or is not an export of this toolkit.
     UsageError
-        ONNX Runtime is not installed.
+        ONNX Runtime is not installed, or an earlier version exported the model without embeddings.
     """
     path = Path(path)
     if not path.exists():
@@ -81,6 +85,7 @@ def load(path: str | Path) -> Checkpoint:
     config, tags, sample_rate = check_description(description, f"{path}: metadata")
     # Other programs can change the graph without the metadata.
     sizes = {"segments": config.num_samples, "tags": config.num_tags}
+    sizes["embeddings"] = config.num_features
     for value in (*session.get_inputs(), *session.get_outputs()):
         if value.shape[1:] != [sizes.pop(value.name, None)]:
             raise CheckpointError(
@@ -92,4 +97,10 @@ def load(path: str | Path) -> Checkpoint:
                 f"{path}: {value.name} is a {value.type}, expected float32: convert the network, "
                 "but not its inputs and outputs (keep_io_types=True)"
             )
-    return Checkpoint(OnnxNetwork(session, config.num_samples), config, tags, sample_rate)
+    if embeddings and "embeddings" in sizes:
+        raise UsageError(
+            f"{path}: an earlier version exported this file without embeddings: export the model "
+            "again with tools.convert_model"
+        )
+    network = OnnxNetwork(session, config.num_samples, ["tags", "embeddings"][: 1 + embeddings])
+    return Checkpoint(network, config, tags, sample_rate)

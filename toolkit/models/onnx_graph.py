@@ -45,7 +45,8 @@ def build_onnx(checkpoint: Checkpoint) -> "onnx.ModelProto":
     -------
     onnx.ModelProto
         Maps ``segments`` [shape=(batch, num_samples), float32] to ``tags`` [shape=(batch,
-        num_tags), float32]. Its metadata contains each value of `describe` as JSON.
+        num_tags), float32] and ``embeddings`` [shape=(batch, num_features), float32] (see
+        `model.build_embeddings`). Its metadata contains each value of `describe` as JSON.
 
     Raises
     ------
@@ -59,18 +60,21 @@ def build_onnx(checkpoint: Checkpoint) -> "onnx.ModelProto":
     # `network.layers` lacks the slices and maxima of `model.pool_relu`.
     for layer in network.operations:
         graph.add(layer)
-    # Programs request the output by this name, whatever the last layer is called.
+    # Programs request the outputs by these names, whatever the layers are called.
     graph.node("Identity", [graph.names[id(network.output)]], "tags")
+    hidden = network.get_layer("hidden_relu")
+    graph.node("Identity", [graph.names[id(hidden.output)]], "embeddings")
     helper = onnx.helper
-    inputs, outputs = (
-        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", size])]
+    inputs, *outputs = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", size])
         for name, size in (
             ("segments", checkpoint.config.num_samples),
             ("tags", len(checkpoint.tags)),
+            ("embeddings", checkpoint.config.num_features),
         )
     )
     model = helper.make_model(
-        helper.make_graph(graph.nodes, network.name, inputs, outputs, graph.arrays),
+        helper.make_graph(graph.nodes, network.name, [inputs], outputs, graph.arrays),
         opset_imports=[helper.make_opsetid("", _OPSET)],
         ir_version=_IR_VERSION,
         producer_name="sample-level CNNs for music auto-tagging",
