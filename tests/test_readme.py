@@ -186,10 +186,11 @@ def test_the_citation_names_the_paper_of_the_readme():
 
 
 def runnable_blocks() -> list[Block]:
-    """Return the README's blocks that make the demo or need only the demo, in order."""
+    """Return the blocks that make the demo or need only the demo, in order."""
     return [
         block
-        for block in blocks("README.md")
+        for page in ("README.md", "docs/python.md")
+        for block in blocks(page)
         if block.language in ("sh", "python") and not block.needs
     ]
 
@@ -237,7 +238,7 @@ def test_commands_after_the_demo_run_as_typed(tmp_path):
             [*shell, "-c", block.text],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
-        error = f"README.md, line {block.line}:\n{block.text}\n{ran.stderr[-3000:]}"
+        error = f"line {block.line}:\n{block.text}\n{ran.stderr[-3000:]}"
         assert ran.returncode == 0, error
         said += ran.stdout
 
