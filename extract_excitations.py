@@ -89,7 +89,7 @@ def extract(
     ------
     ShardError, UsageError, CheckpointError
         The dataset has no test clips, a tag has the name of another column, the model has no
-        excitations, not this depth or does not fit the dataset, or a file is damaged.
+        excitations or does not fit the dataset, or a file is damaged.
     """
     import pandas as pd
 
@@ -115,7 +115,7 @@ def _parts(model_path, data_dir, batch_size, tags_path, per_segment, depths):
     excitations = build_excitations(checkpoint.network, depths)
     compile_for_prediction(excitations, checkpoint.config.block)
     test_hash = hash_dataset(dataset, ["test"])
-    attributes = describe(model_path, data_dir, checkpoint.tags, test.num_clips, test_hash)
+    provenance = describe(model_path, data_dir, checkpoint.tags, test.num_clips, test_hash)
     levels = deque()  # root mean square of each segment, from reading to prediction
 
     def measured() -> Iterator[Clip]:
@@ -136,10 +136,10 @@ def _parts(model_path, data_dir, batch_size, tags_path, per_segment, depths):
             for depth, ex in zip(depths, at_depths, strict=True):
                 rows.append((prediction.clip, segment, rms, depth, ex))
         if len(rows) >= _ROWS_PER_PART:
-            yield _make_table(rows, checkpoint.tags, attributes.to_json())
+            yield _make_table(rows, checkpoint.tags, provenance.to_json())
             rows = []
     if rows:
-        yield _make_table(rows, checkpoint.tags, attributes.to_json())
+        yield _make_table(rows, checkpoint.tags, provenance.to_json())
 
 
 def _make_table(rows: list[tuple], tags: Iterable[str], attributes: dict) -> "pd.DataFrame":
@@ -160,14 +160,14 @@ def _make_table(rows: list[tuple], tags: Iterable[str], attributes: dict) -> "pd
     return table
 
 
-def write(path: str | Path, table: "pd.DataFrame | Iterator[pd.DataFrame]") -> int:
+def write(path: str | Path, table: "pd.DataFrame | Iterable[pd.DataFrame]") -> int:
     """Write a table of excitations, completely or not at all.
 
     Parameters
     ----------
     path : str or Path
         File to write: a pickle if the name ends in ``.pkl``, Parquet if it ends in ``.parquet``.
-    table : pd.DataFrame or iterator of pd.DataFrame
+    table : pd.DataFrame or iterable of pd.DataFrame
         Result of `extract`, or its parts, which are written to Parquet one by one.
 
     Returns
@@ -184,11 +184,13 @@ def write(path: str | Path, table: "pd.DataFrame | Iterator[pd.DataFrame]") -> i
 
     path = Path(path)
     check_suffix(path)
-    parts = iter([table]) if isinstance(table, pd.DataFrame) else table
+    is_whole = isinstance(table, pd.DataFrame)
+    parts = iter([table] if is_whole else table)
     first = next(parts)  # errors before the first row are not errors of the file
     parts = itertools.chain([first], parts)
     if path.suffix.lower() == ".pkl":
-        _check_pickle(path, first)
+        if not is_whole and "segment" in first.index.names:
+            _check_pickle(path, first)
         table = pd.concat(parts)
         # Column names as Python strings, like the index in `_make_table`.
         table.columns = table.columns.astype(object)
@@ -216,8 +218,6 @@ def write(path: str | Path, table: "pd.DataFrame | Iterator[pd.DataFrame]") -> i
 
 def _check_pickle(path: Path, first: "pd.DataFrame") -> None:
     """Raise UsageError if the table of segments that begins with a part is too large."""
-    if "segment" not in first.index.names:
-        return
     num_clips = (first.index.get_level_values("segment") == 0).sum() / first["depth"].nunique()
     num_bytes = sum(ex.nbytes for ex in first["ex"])
     size = round(num_bytes / num_clips * first.attrs["num_clips"])
