@@ -82,6 +82,8 @@ def test_tags_are_sorted_filtered_chosen_and_heard_with_the_keyboard(page, brows
         lambda b: [tag for tag in b.find_elements(By.CLASS_NAME, "tag") if tag.is_displayed()]
     )
     assert chosen.find_element(By.TAG_NAME, "summary").text.startswith("strings")
+    press(browser, Keys.ENTER)
+    assert chosen.is_displayed()  # the chosen tag stays open
     assert {address for address in requests(browser) if address[:5] != "data:"} == {page}
 
     player = tab_to(browser, lambda element: element.tag_name == "audio")

@@ -73,7 +73,9 @@ class Result:
         return mistakes.find_mistakes(self.labels, self.predictions, self.thresholds)
 
 
-def write_errors(folder: str | Path, tags: Sequence[str], clips: list[Clip], result: Result):
+def write_errors(
+    folder: str | Path, tags: Sequence[str], clips: list[Clip], result: Result
+) -> None:
     """Write ``errors.csv``: the most confident mistakes of each tag, in both directions.
 
     Parameters
