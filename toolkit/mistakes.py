@@ -185,6 +185,7 @@ def curves(labels: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.
 
     false, true, _ = roc_curve(labels, predictions)
     precision, recall, _ = precision_recall_curve(labels, predictions)
+    precision[-1] = precision[-2]  # scikit-learn's 1 would be a vertical line if a mistake is first
     return _thin(np.stack([false, true], axis=1)), _thin(np.stack([recall, precision], axis=1))
 
 
