@@ -57,7 +57,7 @@ def test_folders_are_built_and_resumed_or_refused(genres, tmp_path, capsys):
     said = build(capsys, tmp_path)
     assert said[0].startswith(f"{genres}: 10 audio files; tags are the first folders")
     assert said[1].endswith(': 재즈 (4), 🎷, <café> (3), the "blues" (3)')
-    assert "6 files are not audio by their names" in said[2] and "cover.jpg'" in said[2]
+    assert "6 files without the name of an audio file: " in said[2] and "cover.jpg'" in said[2]
     dataset = open_dataset(tmp_path / "new" / "data")
     assert dataset.tags == ('the "blues"', "🎷, <café>", "재즈")
     found = {}

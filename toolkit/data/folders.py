@@ -14,6 +14,7 @@ from toolkit.data.csv_file import Row, listed
 from toolkit.data.tables import FOLDER, TableForm, check_tag
 from toolkit.errors import AnnotationsError, UsageError
 from toolkit.files import walk_files
+from toolkit.messages import count
 
 # fmt: off
 AUDIO_SUFFIXES = (
@@ -81,12 +82,13 @@ def read_folders(
     if not paths:
         example = PurePosixPath("blues", "a.wav")
         raise place.error("", f"no audio files in folders: expected files such as {example}")
-    rows_of, groups = {}, []
-    for number, path in enumerate(paths):
+    for path in files:
         if not is_inside(path):
             raise place.error(
                 "", f"{path!r}: names must be UTF-8 without control characters and backslashes"
             )
+    rows_of, groups = {}, []
+    for number, path in enumerate(paths):
         # macOS may write "é" as two characters.
         tag, *folders, _ = normalize("NFC", path).split("/")
         check_tag(tag, place, "")
@@ -100,8 +102,8 @@ def read_folders(
 
     kept_together = ", files of a second folder together" if form.split_by else ""
     notes = [
-        f"{len(files)} audio files; tags are the first folders, of which each is divided among the "
-        f"splits (seed {form.split_seed}{kept_together})",
+        f"{count(len(files), 'audio file')}; tags are the first folders, of which each is divided "
+        f"among the splits (seed {form.split_seed}{kept_together})",
         *describe_clips(clips, len(files), rows_of),
     ]
     few = [tag for tag, rows in rows_of.items() if len({splits[row] for row in rows}) < len(SPLITS)]
@@ -110,7 +112,8 @@ def read_folders(
     if len(paths) < len(files):
         notes.append(f"audio files in no folder: {listed([p for p in files if '/' not in p])}")
     if others:
-        notes.append(f"{len(others)} files are not audio by their names: {listed(others)}")
+        number = count(len(others), "file")
+        notes.append(f"{number} without the name of an audio file: {listed(others)}")
     return clips, notes, files
 
 
