@@ -82,7 +82,7 @@ def write_tables(out: Path, jobs: list[Job], is_mtt: bool, dataset: Dataset) -> 
         published = f"{rows['published_roc_auc'].iloc[0]:.4f}" if is_mtt else "–"
         lines.append(
             f"| {network} | {rows['parameters'].iloc[0]:,} | {scores} | "
-            f"{rows['epochs'].mean():.0f} | {rows['hours'].mean():.2f} | {published} |"
+            f"{rows['epochs'].mean():.0f} | {rows['hours'].mean():.3g} | {published} |"
         )
     write_atomically(out / "table.md", ("\n".join(lines) + "\n").encode())
     data = f"{dataset.path}, {messages.count(dataset.splits['test'].num_clips, 'test clip')}"
@@ -165,7 +165,8 @@ def draw_scores(table: "pd.DataFrame", is_mtt: bool, data: str) -> bytes:
     found = {name: summary(rows, "roc_auc") for name, rows in table.groupby("network")}
     blocks = [block for block in PUBLISHED if {block, f"{block}-multi"} & found.keys()]
     lows = [low for _, low, _, _ in found.values() if not np.isnan(low)]
-    bottom = math.floor(50 * min(lows, default=0) - 0.5) / 50
+    lows += [value for block in blocks for value in PUBLISHED[block] if is_mtt]
+    bottom = max(0, math.floor(50 * min(lows, default=0) - 0.5) / 50)
     several = table["seed"].nunique() > 1
     ends = "range of seeds" if several else f"{100 * CONFIDENCE:g} % interval"
     shown = {}  # what is in the legend
