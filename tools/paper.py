@@ -247,7 +247,7 @@ def analyse(out: Path, job: Job | None, dataset: Dataset, run: Callable) -> None
         if not is_newer(path, find_best(job.last_stage)) and not run(name, (name, *words)):
             return
     notebook, figures = ROOT / "excitation_analysis.ipynb", out / "figures"
-    if is_newer(out / notebook.name, clips, segments):
+    if is_newer(out / notebook.name, clips, segments, notebook):
         return
     figures.mkdir(exist_ok=True)
     places = {"EXCITATIONS": clips, "EXCITATIONS_SEGMENTS": segments, "FIGURES_DIR": figures}
