@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = demo
 
-.PHONY: demo notebook test test-slow lint clean same-python
+.PHONY: demo paper notebook test test-slow lint clean same-python
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tools.make_demo_dataset --out $(DEMO)/dataset
@@ -27,6 +27,11 @@ demo: $(VENV)/installed
 	@echo "  $(DEMO)/report                     test scores and mistakes: open report.html in a browser"
 	@echo "  $(DEMO)/excitations.pkl            mean excitations of the test clips"
 	@echo "  $(DEMO)/excitation_analysis.ipynb  the notebook, executed on these excitations"
+
+# The paper's twelve networks at small size, on the demo's dataset.
+paper: $(VENV)/installed
+	$(BIN)/python -m tools.paper --data-dir $(DEMO)/dataset --out $(DEMO)/paper \
+	  --init-features 4 --batch-size 10 --lr 0.05 --num-lr-decays 1 --max-epochs 4
 
 # Execute the committed notebook on the demo, without timings and widget state.
 notebook: $(VENV)/installed

@@ -101,7 +101,7 @@ def test_the_readme_has_commands_of_every_stage():
     calls = [script_call(words) for words in shell_commands("README.md")]
     assert {call[0] for call in calls if call} == {
         "tools.make_demo_dataset", "build_mtt", "train", "eval", "extract_excitations", "tag",
-        "tools.convert_model",
+        "tools.convert_model", "tools.paper",
     }  # fmt: skip
 
 
