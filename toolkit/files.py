@@ -123,9 +123,9 @@ def walk_files(folder: str | Path, refuse: Callable[[OSError], None]) -> Iterato
     Parameters
     ----------
     folder : str or Path
-        Folder to list. Each folder that links name is read once.
+        Folder to list. Links to missing files are files. Each folder that links name is read once.
     refuse : callable
-        Called with the error of each folder that cannot be read.
+        Called with the error of each folder that cannot be read, or target of a link.
     """
     seen, starts = set(), [folder]
     for start in starts:  # links are appended
@@ -136,8 +136,15 @@ def walk_files(folder: str | Path, refuse: Callable[[OSError], None]) -> Iterato
             seen.add(os.path.realpath(root))
             if not os.access(root, os.X_OK):  # its names can be listed, but no file opened
                 refuse(PermissionError(errno.EACCES, "Permission denied", root))
+                continue
             starts += filter(Path.is_symlink, (Path(root, name) for name in folders))
-            yield from filter(os.path.isfile, (Path(root, name) for name in names))
+            for file in (Path(root, name) for name in names):
+                try:
+                    # Not pipes, whose reading never ends; broken links, whose reading is an error.
+                    if os.path.isfile(file) or not exists(file):
+                        yield file
+                except OSError as error:  # a link to a place without permission
+                    refuse(error)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

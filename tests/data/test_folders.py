@@ -57,7 +57,10 @@ def test_folders_are_built_and_resumed_or_refused(genres, tmp_path, capsys):
     said = build(capsys, tmp_path)
     assert said[0].startswith(f"{genres}: 10 audio files; tags are the first folders")
     assert said[1].endswith(': 재즈 (4), 🎷, <café> (3), the "blues" (3)')
-    assert "6 files without the name of an audio file: " in said[2] and "cover.jpg'" in said[2]
+    assert (
+        "6 files without the name of an audio file, or hidden: " in said[2]
+        and "cover.jpg'" in said[2]
+    )
     dataset = open_dataset(tmp_path / "new" / "data")
     assert dataset.tags == ('the "blues"', "🎷, <café>", "재즈")
     found = {}
@@ -83,7 +86,7 @@ def test_folders_are_built_and_resumed_or_refused(genres, tmp_path, capsys):
     assert "--split-seed was 0, now 1" in build(capsys, tmp_path, "--split-seed", 1, status=1)[-1]
     touch(genres, "재즈/new.mp3")
     error = build(capsys, tmp_path, status=1)[-1]
-    assert "new or missing audio files: '재즈/new.mp3'" in error
+    assert "new or missing audio files: '재즈/new.mp3': use the same files, or " in error
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -118,11 +121,22 @@ def test_files_of_a_second_folder_stay_in_one_split(tmp_path):
 
 
 def test_files_in_no_folder_are_left_out_and_forms_of_a_name_are_one_tag(tmp_path):
-    names = [f"{normalize(form, 'é')}/{form}.ogg" for form in ("NFC", "NFD")]
+    names = [f"{normalize(form, 'é')}/{form}.ogg" for form in ("NFC", "NFD")] + [" é /a.ogg"]
     clips, notes, files = read_folders(touch(tmp_path, "a.mp3", *names))
     assert clips.tags == ("é",) and sorted(clips.paths) == sorted(names)
     assert files == sorted(["a.mp3", *names])
     assert "audio files in no folder: 'a.mp3'" in notes
+
+
+def test_broken_links_are_clips_and_folders_without_clips_are_named(tmp_path):
+    touch(tmp_path, "blues/a.mp3", "jazz/cover.jpg")
+    (tmp_path / "rock").mkdir()
+    (tmp_path / "delta").symlink_to("blues")
+    (tmp_path / "blues" / "gone.mp3").symlink_to("nowhere.mp3")
+    clips, notes, _ = read_folders(tmp_path)
+    assert clips.paths == ["blues/a.mp3", "blues/gone.mp3"]
+    said = "folders without audio files, or links to other folders: 'delta', 'jazz', 'rock'"
+    assert notes[-1] == said
 
 
 @pytest.mark.parametrize(
@@ -131,6 +145,7 @@ def test_files_in_no_folder_are_left_out_and_forms_of_a_name_are_one_tag(tmp_pat
         ("a.mp3", {}, "no audio files in folders: expected files such as blues/a.wav"),
         ("rock/a.txt", {}, "no audio files in folders"),
         ("depth/a.mp3", {}, "'depth' cannot be the name of a tag"),
+        (" /a.mp3", {}, "'' cannot be the name of a tag"),
         ("rock/a\\b.mp3", {}, "names must be UTF-8 without control characters"),
         ("rock\n/b.mp3", {}, "names must be UTF-8 without control characters"),
         ("rock/caf\udce9.mp3", {}, "'rock/caf\\udce9.mp3': names must be UTF-8"),

@@ -16,13 +16,14 @@ _SAVE_AS = "save the table as CSV in UTF-8"
 
 
 class Row(NamedTuple):
-    """Place of a row: its table, and its number from 1."""
+    """Place of a row: its table, and its number from 1; 0 for a folder instead of a table."""
 
     table: Path
     number: int
 
     def error(self, column: str, reason: str) -> AnnotationsError:
-        return AnnotationsError(f"{self.table}: row {self.number}, column {column!r}: {reason}")
+        where = f"row {self.number}, column {column!r}: " if self.number else ""
+        return AnnotationsError(f"{self.table}: {where}{reason}")
 
 
 @dataclass

@@ -4,6 +4,7 @@ genres/blues/a.wav
 genres/jazz/b.wav
 """
 
+import os
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
@@ -12,7 +13,7 @@ from toolkit.data.annotations import NUM_TAGS, SPLITS, draw_splits
 from toolkit.data.clip import ClipTable, describe_clips, is_inside, keep_top_tags
 from toolkit.data.csv_file import Row, listed
 from toolkit.data.tables import FOLDER, TableForm, check_tag
-from toolkit.errors import AnnotationsError, UsageError
+from toolkit.errors import UsageError
 from toolkit.files import walk_files
 from toolkit.messages import count
 
@@ -23,13 +24,6 @@ AUDIO_SUFFIXES = (
     ".w64", ".wav", ".webm", ".wma", ".wv",
 )
 # fmt: on
-
-
-class _Place(Row):
-    """The audio folder instead of a row of a table, for errors."""
-
-    def error(self, column: str, reason: str) -> AnnotationsError:
-        return AnnotationsError(f"{self.table}: {reason}")
 
 
 def read_folders(
@@ -74,7 +68,7 @@ def read_folders(
             f"--split-by {form.split_by}: with --tags-from folders, only {FOLDER} is possible: the "
             "second folder of the path"
         )
-    place = _Place(Path(audio_dir), 0)
+    place = Row(Path(audio_dir), 0)
     found = sorted(path.relative_to(audio_dir).as_posix() for path in walk_files(audio_dir, _raise))
     files = list(filter(_is_audio, found))
     others = [path for path in found if not _is_audio(path)]
@@ -89,8 +83,8 @@ def read_folders(
             )
     rows_of, groups = {}, []
     for number, path in enumerate(paths):
-        # macOS may write "é" as two characters.
-        tag, *folders, _ = normalize("NFC", path).split("/")
+        # macOS may write "é" as two characters. Spaces at the ends are dropped as in tables.
+        tag, *folders, _ = (part.strip() for part in normalize("NFC", path).split("/"))
         check_tag(tag, place, "")
         rows_of.setdefault(tag, []).append(number)
         if form.split_by and not folders:
@@ -113,7 +107,11 @@ def read_folders(
         notes.append(f"audio files in no folder: {listed([p for p in files if '/' not in p])}")
     if others:
         number = count(len(others), "file")
-        notes.append(f"{number} without the name of an audio file: {listed(others)}")
+        notes.append(f"{number} without the name of an audio file, or hidden: {listed(others)}")
+    used = {path.partition("/")[0] for path in paths}
+    tops = sorted(one.name for one in os.scandir(audio_dir) if one.is_dir())
+    if unused := [name for name in tops if name not in used and not name.startswith(".")]:
+        notes.append(f"folders without audio files, or links to other folders: {listed(unused)}")
     return clips, notes, files
 
 

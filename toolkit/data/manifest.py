@@ -298,6 +298,7 @@ def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Pa
         elif "files" in options:
             changed = set(options["files"]) ^ set(earlier["files"])
             what = f"new or missing audio files: {listed(sorted(changed))}"
+            raise another_build(folder, what, "use the same files")
         elif len(tables) == 1:
             what = f"{tables[0].name} has changed since"
         else:

@@ -368,7 +368,7 @@ def _find_delimiter(table: Table, column: str) -> str:
 def check_tag(tag: str, row: Row, column: str) -> None:
     """Raise AnnotationsError for a name that a tag cannot have."""
     # Refused here, and not by extract_excitations.py after days of training.
-    if tag in RESERVED_TAGS or re.search(r"[\x00-\x1f]", tag):
+    if not tag or tag in RESERVED_TAGS or re.search(r"[\x00-\x1f]", tag):
         raise row.error(
             column,
             f"{tag!r} cannot be the name of a tag (reserved: {', '.join(RESERVED_TAGS)}): rename "
