@@ -181,7 +181,9 @@ def check_model(path: str | Path) -> str:
     raise UsageError(f"{path}: contains {stages}: use {os.path.join(path, last)}")
 
 
-def check_output(path: str | Path, option: str = "", is_folder: bool = False) -> None:
+def check_output(
+    path: str | Path, option: str = "", is_folder: bool = False, replaces_folder: bool = False
+) -> None:
     """Check that a file or folder can be written, before the slow part of a script.
 
     Parameters
@@ -191,12 +193,15 @@ def check_output(path: str | Path, option: str = "", is_folder: bool = False) ->
     option : str
         Option that gives the path, for the message; empty for a positional argument.
     is_folder : bool
-        Whether the path is that of a folder.
+        Whether the path is that of a folder to write to.
+    replaces_folder : bool
+        Whether an existing folder of this name is replaced.
 
     Raises
     ------
     UsageError
-        The path's folder does not exist, is not a folder, or may not be written to.
+        The path's folder does not exist, is not a folder, or may not be written to, or the path of
+        a file is a folder.
     """
     path_of_option = f"{option} {path}".lstrip()
     folder = Path(path).absolute()
@@ -210,6 +215,8 @@ def check_output(path: str | Path, option: str = "", is_folder: bool = False) ->
         raise UsageError(f"{path_of_option}: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{path_of_option}: no permission to write to the folder {folder}")
+    if os.path.isdir(path) and not is_folder and not replaces_folder:
+        raise UsageError(f"{path_of_option}: is a folder: choose another name")
 
 
 def add_data_dir(

@@ -43,9 +43,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     if output.suffix not in (".keras", *FORMATS):
         raise UsageError(f"{output}: expected a name that ends in .keras, {', '.join(FORMATS)}")
-    cli.check_output(output)
-    if output.suffix != ".savedmodel" and output.is_dir():
-        raise UsageError(f"{output}: is a folder: choose another name")
+    cli.check_output(output, replaces_folder=output.suffix == ".savedmodel")
     if cli.check_model(arguments.model_path) == "onnx":
         raise UsageError(
             f"{arguments.model_path}: an ONNX model cannot be converted: use the model that it was "
