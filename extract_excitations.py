@@ -111,7 +111,7 @@ def _parts(model_path, data_dir, batch_size, tags_path, per_segment, depths):
     checkpoint = load_for_dataset(model_path, dataset, tags_path=tags_path)
     from model import build_excitations  # load_for_dataset has selected Keras's backend
 
-    depths = sorted(set(depths or range(len(WIDTHS))))
+    depths = sorted(set(range(len(WIDTHS)) if depths is None else depths))
     excitations = build_excitations(checkpoint.network, depths)
     compile_for_prediction(excitations, checkpoint.config.block)
     test_hash = hash_dataset(dataset, ["test"])

@@ -49,12 +49,10 @@ def write_taggram(
     starts : np.ndarray [shape=(n_segments,)]
         Start of each segment, in seconds.
     """
-    content = io.StringIO()
-    rows = csv.writer(content, lineterminator="\n")
-    rows.writerow(["time", *tags])
+    lines = [_csv_row(["time", *tags])]
     for start, row in zip(starts, probabilities, strict=True):
-        rows.writerow([f"{start:.6f}", *(f"{value:.6f}" for value in row)])
-    write_atomically(Path(path), content.getvalue().encode())
+        lines.append(_csv_row(f"{value:.6f}" for value in (start, *row)))
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _table(path: Path, tags: tuple[str, ...], means: np.ndarray, top: int) -> str:

@@ -49,7 +49,7 @@ def make_table(form="current", tags=TAGS):
 
 
 def write_table(path, table):
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         table.to_parquet(path)
     else:
         table.to_pickle(path)
@@ -211,7 +211,7 @@ def test_missing_chosen_tags_are_named_and_replaced(run_until, tmp_path, capsys)
     assert legend_of(plt.figure(plt.get_fignums()[-1])) == ["metal", "rock", "rare"]
 
 
-@pytest.mark.parametrize("suffix", [".pkl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".pkl", ".PARQUET"])
 def test_excitations_of_segments_are_compared_with_loudness(run_until, tmp_path, suffix):
     rms = np.linspace(0.1, 0.5, 30)
     noise = np.tile([0.01, -0.02, 0.01], 10)  # uncorrelated with a straight line

@@ -296,7 +296,7 @@ def test_linked_folders_are_read_once(folder, tmp_path):
     (music / "again").symlink_to(music / "own")
     (music / "own" / "loop").symlink_to(music)
     (music / "linked").symlink_to(folder)
-    found, errors = tagging.find_files([music])
+    found, errors = tagging.find_files(str(music))
     names = ["a.wav", "b/cover.txt", "b/deep/one.mp3", "c.flac", "z.empty"]
     expected = [*(music / "linked" / name for name in names), music / "own" / "c.flac"]
     assert [path for path, _ in found] == expected and errors == []
@@ -412,6 +412,13 @@ def test_a_taggram_needs_exactly_one_file(folder, model_path, capsys, options, m
 def test_taggrams_that_cannot_be_written_are_refused(folder, model_path, capsys, options, message):
     out, (said,) = run(capsys, model_path, folder / "c.flac", *options, status=2)
     assert out == "" and said.startswith(f"tag.py: error: {message}")
+
+
+def test_an_output_that_is_a_folder_is_refused(folder, model_path, tmp_path, capsys):
+    path = tmp_path / "x.npz"
+    path.mkdir()
+    _, (said,) = run(capsys, model_path, folder, "--save-embeddings", path, status=2)
+    assert said == f"tag.py: error: --save-embeddings {path}: is a folder: choose another name"
 
 
 def test_missing_and_invalid_models_are_refused(folder, tmp_path, capsys):

@@ -27,12 +27,14 @@ from toolkit.prediction import DEFAULT_BATCH_SIZE, compile_for_prediction, predi
 import numpy as np
 
 
-def find_files(paths: Iterable[str | Path]) -> tuple[list[tuple[Path, bool]], list[AudioError]]:
+def find_files(
+    paths: str | Path | Iterable[str | Path],
+) -> tuple[list[tuple[Path, bool]], list[AudioError]]:
     """List files, and all files in folders.
 
     Parameters
     ----------
-    paths : iterable of str or Path
+    paths : str, Path, or iterable of them
         Files and folders.
 
     Returns
@@ -54,7 +56,8 @@ def find_files(paths: Iterable[str | Path]) -> tuple[list[tuple[Path, bool]], li
     def refuse(error: OSError) -> None:
         errors.append(AudioError(f"{error.filename}: cannot be read: {error.strerror}"))
 
-    for path in map(Path, paths):
+    # Iterating over the characters of "/music" would list the whole file system.
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
             files += [(found, False) for found in sorted(walk_files(path, refuse))]
         else:
