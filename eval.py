@@ -125,7 +125,6 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--report",
         metavar="DIR",
-        default=None,
         help="folder for report.html, a page with scores, curves and mistakes to listen to, "
         "errors.csv, metrics.json, per_tag.csv, per_tag.png and predictions.csv; with several "
         "models, one folder per model, a page that compares them, and comparison.json, .csv and "

@@ -103,7 +103,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--hop",
         metavar="SAMPLES",
         type=cli.positive_int,
-        default=None,
         help="hop length in samples (default: the length of a segment, without overlap)",
     )
     machine = parser.add_argument_group("machine")
@@ -130,20 +129,17 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--save-embeddings",
         metavar="FILE.npz",
-        default=None,
         help="write the activations before the output layer, averaged over each file's segments: "
         "arrays paths and embeddings (default: none)",
     )
     output.add_argument(
         "--taggram",
         metavar="FILE.png",
-        default=None,
         help="draw the top tags of one file over time as .png, .svg or .pdf (default: none)",
     )
     output.add_argument(
         "--save-taggram",
         metavar="FILE.csv",
-        default=None,
         help="write all tags of one file over time: one row per segment, with its start in "
         "seconds (default: none)",
     )

@@ -152,7 +152,6 @@ def add_tags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tags",
         metavar="FILE",
-        default=None,
         help="names of the model's outputs, one per line, or a dataset's manifest.json (default: "
         "the names in the model file, or MagnaTagATune's 50 tags if the file contains none)",
     )
