@@ -74,6 +74,18 @@ def test_labels_that_contradict_confident_predictions_are_doubtful():
     # Predictions of a rare tag are low, also where the label is right.
     missing, wrong = mistakes.doubtful_labels(labels, predictions / 10)
     assert missing == [] and [doubt.clip for doubt in wrong] == [2]
+    # A prediction of exactly 0 is the most doubtful one.
+    predictions = np.where(predictions < 0.7, 0, predictions)
+    assert mistakes.doubtful_labels(labels, predictions)[1] == [Doubt(clip=2, tag=0, prediction=0)]
+
+
+@pytest.mark.parametrize("value", [0, 0.1, 0.7, 1])
+def test_constant_predictions_contradict_no_label_and_confuse_no_tags(value):
+    labels, _ = simulated()
+    constant = value + np.random.default_rng(0).uniform(-1e-8, 1e-8, (2 * len(labels), 1))
+    labels, predictions = np.tile(labels, (2, 1)), np.tile(constant, (1, 3))
+    assert mistakes.doubtful_labels(labels, predictions) == ([], [])
+    assert mistakes.correlated_tags(labels, predictions) == ([], [])
 
 
 def test_thinned_curves_keep_their_ends_and_their_area():

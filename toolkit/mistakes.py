@@ -14,6 +14,7 @@ NUM_BINS = 20
 # the second number, and synonyms otherwise.
 PREDICTIONS_CORRELATE, LABELS_CORRELATE = 0.5, 0.25
 _CURVE_POINTS = 100
+_ROUNDING = 1e-7  # of probabilities in float32
 
 
 class Mistake(NamedTuple):
@@ -111,6 +112,8 @@ def correlated_tags(
     """
     if len(labels) < 2:
         return [], []
+    # Rounding errors of constant predictions can correlate perfectly.
+    predictions = np.where(np.ptp(predictions, axis=0) > _ROUNDING, predictions, np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):  # tags without variance
         of_predictions, of_labels = (
             np.atleast_2d(np.corrcoef(values, rowvar=False)) for values in (predictions, labels)
@@ -146,16 +149,17 @@ def doubtful_labels(
         Of at most `num` clips each. A label is missing if the prediction is at least 0.5 and the
         mean for clips with the tag; the highest prediction is first. A label is wrong if the
         prediction is at most the mean for clips without the tag; the smallest share of that mean
-        is first.
+        is first. Tags that are not predicted higher for clips with the tag are left out.
     """
     is_labelled = labels > 0
     with np.errstate(invalid="ignore"):  # tags of all clips or none
         num_with = is_labelled.sum(axis=0)
         mean_with = (predictions * is_labelled).sum(axis=0) / num_with
         mean_without = (predictions * ~is_labelled).sum(axis=0) / (len(labels) - num_with)
-        share = predictions / mean_without
-    is_missing = ~is_labelled & (predictions >= 0.5) & (predictions >= mean_with)
-    is_wrong = is_labelled & (predictions <= mean_without)
+    is_told = mean_with > mean_without + _ROUNDING  # constant predictions contradict nothing
+    is_missing = is_told & ~is_labelled & (predictions >= 0.5) & (predictions >= mean_with)
+    is_wrong = is_told & is_labelled & (predictions <= mean_without)
+    share = predictions / np.maximum(mean_without, 1e-12)
     found = []
     for is_doubtful, key in ((is_missing, -predictions), (is_wrong, share)):
         clips, tags = np.nonzero(is_doubtful)
