@@ -23,6 +23,8 @@ CHANGES = [
     {"splits": []},
     {"splits": {"val": {}}},
     {"splits": {"val": {"clips": 1, "segments": 1, "shards": [{"name": {}}]}}},
+    {"skipped": [{"clip_id": "1", "mp3_path": "0/a.mp3"}]},
+    {"options": {"audio_dir": None}},
     {"tags": 3},
     {"tags": ["a", 1]},
     {"num_samples": None},

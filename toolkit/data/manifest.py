@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from toolkit.data.annotations import SPLITS
+from toolkit.data.annotations import CLIP_ID, MP3_PATH, SPLITS
 from toolkit.data.csv_file import listed
 from toolkit.errors import BuildError, ShardError, UsageError
 from toolkit.files import exists, write_atomically
@@ -159,11 +159,14 @@ def read_manifest(path: str | Path) -> dict:
             for shard in split["shards"]:
                 # Earlier versions did not record "bytes".
                 is_valid &= isinstance(shard["name"], str) and _is_count(shard.get("bytes", 0))
+        for row in manifest.get("skipped", ()):
+            is_valid &= all(isinstance(row[name], str) for name in (CLIP_ID, MP3_PATH, "reason"))
+        is_valid &= isinstance(manifest.get("options", {}).get("audio_dir", ""), str)
     except (AttributeError, KeyError, TypeError):
         is_valid = False
     if not is_valid:
         raise ShardError(
-            f"{path}: the manifest does not list the shards of the splits: build the shards again"
+            f"{path}: invalid splits, skipped clips or options: build the shards again"
         )
     return manifest
 
