@@ -209,7 +209,8 @@ def _predict_validation(predict: Callable, dataset: Dataset) -> tuple | None:
     """Return labels and predictions of the validation clips; None if there are none."""
     # The published program's validation shards do not say which segments are of one clip.
     if not dataset.splits["val"].num_clips:
-        messages.say(f"{dataset.path}: no validation clips: thresholds are chosen on test clips")
+        what = "names no validation clips: thresholds are chosen on test clips"
+        messages.say(f"{dataset.path}: {what}")
         return None
     return predict("val")[1:]
 

@@ -321,6 +321,7 @@ def test_the_name_of_a_model_stays_inside_the_report(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     assert model_names(["..", "../../0"]) == ["b", "a-0"]
     assert model_names([".", "/"]) == ["b-1", "root"]
+    assert len(set(model_names([os.fsdecode(b"\xe8.keras"), os.fsdecode(b"\xe9.keras")]))) == 2
 
 
 def published_shards(golden, data_dir):

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 
 from input_data import Clip, Dataset, Split
+from toolkit.data.manifest import write_manifest
 from toolkit.evaluation import bootstrap, score
 from toolkit.page import Result, write_errors, write_page
 from toolkit.provenance import describe
@@ -42,17 +43,23 @@ class Page(HTMLParser):
 def report(tmp_path):
     """Return a function that writes a report of simulated models."""
 
-    def write(num_models=1, has_audio=True, has_validation=True, tags=TAGS):
-        random = np.random.default_rng(0)
+    def write(num_models=1, has_audio=True, has_validation=True, has_identity=True):
+        random, tags = np.random.default_rng(0), TAGS
         labels = (random.uniform(size=(len(PATHS), len(tags))) < 0.4).astype(np.uint8)
         labels[:, -1] = 0
         folder, data_dir = tmp_path / "report #1", tmp_path / "data?"
         folder.mkdir()
+        # A link to a dataset whose audio is beside it.
+        audio_dir, linked = tmp_path / "disk" / "audio", tmp_path / "disk" / "data"
+        (linked / "tfrecord").mkdir(parents=True)
+        data_dir.symlink_to(linked)
+        built = {"tags": list(tags), "sample_rate": 22050, "num_samples": 59049, "splits": {}}
+        write_manifest(data_dir / "tfrecord", built | {"options": {"audio_dir": "../audio"}})
         for path in PATHS[: len(PATHS) * has_audio]:
-            (data_dir / "mp3" / path).parent.mkdir(parents=True, exist_ok=True)
-            (data_dir / "mp3" / path).touch()
+            (audio_dir / path).parent.mkdir(parents=True, exist_ok=True)
+            (audio_dir / path).touch()
         clips = [
-            Clip(np.zeros((0, 1), np.float32), row, str(number), path)
+            Clip(np.zeros((0, 1), np.float32), row, *([str(number), path] if has_identity else []))
             for number, (row, path) in enumerate(zip(labels, PATHS, strict=True))
         ]
         splits = {split: Split() for split in ("train", "val", "test")}
@@ -92,6 +99,14 @@ def test_players_read_the_audio_files_by_relative_links(report):
         assert not re.search("[?#:]", source)
         assert (folder / unquote(source)).is_file()
     assert set(page.links) <= {f"#{name}" for name in page.ids}  # nothing leaves the page
+
+
+def test_clips_without_identity_are_numbered(report):
+    folder = report(has_identity=False)
+    table = pd.read_csv(folder / "errors.csv")
+    text = " ".join(Page(folder / "report.html").text)
+    assert table["clip_id"].str.fullmatch(r"test clip \d+").all()
+    assert all(f"{name} " in text for name in table["clip_id"])
 
 
 def test_missing_audio_is_said_instead_of_players(report):

@@ -92,8 +92,9 @@ def write_errors(
     import pandas as pd
 
     rows = [
-        (tags[tag], clips[clip].clip_id, clips[clip].mp3_path, label, prediction, rank)
-        for tag, clip, label, prediction, rank in result.mistakes
+        # Clips of published shards have no identity.
+        (tags[tag], clips[clip].clip_id or _name(clip), clips[clip].mp3_path, *rest)
+        for tag, clip, *rest in result.mistakes
     ]
     columns = ["tag", "clip_id", "mp3_path", "label", "prediction", "rank"]
     content = pd.DataFrame(rows, columns=columns).to_csv(index=False, float_format="%.8f")
@@ -170,7 +171,8 @@ def _build_of(dataset: Dataset) -> tuple[list[dict] | None, str]:
     manifest = dataset.path / SHARD_FOLDER / MANIFEST_NAME
     built = read_manifest(manifest) if manifest.exists() else {}
     audio_dir = built.get("options", {}).get("audio_dir", "mp3")
-    return built.get("skipped"), os.path.normpath(dataset.path.absolute() / audio_dir)
+    # build_mtt.py records --audio-dir relative to the folder itself, not to a link to it.
+    return built.get("skipped"), os.path.normpath(dataset.path.resolve() / audio_dir)
 
 
 def _describe_clips(
@@ -178,13 +180,13 @@ def _describe_clips(
 ) -> list[dict]:
     """Return path, link and tags of each clip; the link is None if there is no such file."""
     shown = []
-    for number, clip in enumerate(clips, start=1):
+    for number, clip in enumerate(clips):
         has_audio = clip.mp3_path and os.path.isfile(audio_folder / clip.mp3_path)
         # Quoted, because # ? % and : have a meaning in links.
         url = quote(os.fsencode(os.path.join(link, clip.mp3_path))) if has_audio else None
         shown.append(
             {
-                "name": clip.mp3_path or f"test clip {number}",  # published shards have no paths
+                "name": clip.mp3_path or _name(number),
                 "path": clip.mp3_path,
                 "id": clip.clip_id,
                 "url": url,
@@ -192,6 +194,10 @@ def _describe_clips(
             }
         )
     return shown
+
+
+def _name(clip: int) -> str:
+    return f"test clip {clip + 1}"
 
 
 def _versions(results: Sequence[Result]) -> str:

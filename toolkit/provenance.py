@@ -90,7 +90,8 @@ def model_names(paths: Sequence[str | Path]) -> list[str]:
         absolute = Path(os.path.normpath(Path(path).absolute()))
         if absolute.suffix in (".keras", ".hdf5", ".h5"):
             absolute = absolute.with_suffix("")
-        parts[path] = absolute.parts[1:] or ("root",)
+        # As text here: bytes that are not UTF-8 become equal.
+        parts[path] = tuple(map(as_text, absolute.parts[1:])) or ("root",)
     lengths = {path: 1 + part[-1].isdigit() for path, part in parts.items()}
     while True:
         names = {path: "-".join(part[-lengths[path] :]) for path, part in parts.items()}
@@ -105,7 +106,7 @@ def model_names(paths: Sequence[str | Path]) -> list[str]:
     result = []
     for path in paths:
         repeats = result.count(names[path])  # the same model is given twice
-        result.append(as_text(names[path] + (f"-{len(result) + 1}" if repeats else "")))
+        result.append(names[path] + (f"-{len(result) + 1}" if repeats else ""))
     return result
 
 
