@@ -29,15 +29,22 @@ from toolkit import cli, messages
 from toolkit.cli import option
 from toolkit.data.annotations import FOLDER_SPLITS, MTT_TOP_TAGS
 from toolkit.data.manifest import MANIFEST_NAME, SHARD_FOLDER, read_manifest
-from toolkit.errors import TrainingError
-from toolkit.files import only_run
-from toolkit.models.checkpoints import find_best
+from toolkit.errors import TrainingError, UsageError
+from toolkit.files import only_run, remove_leftovers
 from toolkit.models.config import NetworkConfig
 from toolkit.signals import StopRequest, stop_on_signals
 from toolkit.training.options import TrainingOptions
 from toolkit.training.run import compare_run
 from toolkit.training.state import check_stages
-from tools.paper_results import BASELINE, NETWORKS, Job, write_differences, write_tables
+from tools.paper_results import (
+    BASELINE,
+    NETWORKS,
+    Job,
+    is_newer,
+    is_result_of,
+    write_differences,
+    write_tables,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 MTT_CLIPS = {"train": 15_250, "val": 1_529, "test": 4_332}  # listed, with those that are skipped
@@ -74,14 +81,17 @@ def run_paper(arguments: argparse.Namespace, dataset: Dataset, stop: StopRequest
     is_mtt = is_magnatagatune(dataset)
     scored, failures = [], []
 
+    def fail(what: str) -> None:
+        failures.append(what)
+        messages.say(f"{what}; continuing with the next step")
+
     def run(what: str, words: Iterable[str | Path], **options) -> bool:
         status = run_command(words, stop, **options)
-        if status:
-            end = f"exit status {status}"
-            if status < 0:
-                end = f"ended by {signal.Signals(-status).name}, possibly out of memory"
-            failures.append(f"{what}: {end}")
-            messages.say(f"{failures[-1]}; continuing with the next step")
+        if status < 0:
+            end = f"ended by {signal.Signals(-status).name}, possibly out of memory"
+            fail(f"{what}: {end}")
+        elif status:
+            fail(f"{what}: exit status {status}")
         return not status
 
     for job in jobs:
@@ -91,9 +101,13 @@ def run_paper(arguments: argparse.Namespace, dataset: Dataset, stop: StopRequest
             words = ("train.py", *data, "--train-dir", job.folder, *words_of(job))
             if not run(f"{job}: train.py", words, watch=estimate_of(job)):
                 continue
-        page = job.report / "report.html"  # the last file of a report
         words = ("eval.py", job.last_stage, *data, "--report", job.report)
-        if is_newer(page, find_best(job.last_stage)) or run(f"{job}: eval.py", words):
+        try:
+            is_scored = job.has_report(dataset) or run(f"{job}: eval.py", words)
+        except TrainingError as error:  # the best checkpoint was deleted
+            fail(f"{job}: {error}")
+            continue
+        if is_scored:
             scored.append(job)
             write_tables(out, scored, is_mtt, dataset)
     write_differences(out / "differences.csv", scored, dataset)
@@ -122,7 +136,11 @@ def plan(arguments: argparse.Namespace, dataset: Dataset, out: Path) -> list[Job
         options = cli.read_options(TrainingOptions, given)
         folder = out / network / f"seed-{seed}"
         sizes = {"num_tags": len(dataset.tags), "num_samples": dataset.num_samples}
-        compare_run(folder, dataset, dataclasses.replace(config, **sizes), options)
+        try:
+            compare_run(folder, dataset, dataclasses.replace(config, **sizes), options)
+        except UsageError as error:
+            text = str(error).replace("--train-dir", "--out")
+            raise UsageError(f"{network}, seed {seed}: {text}") from None
         jobs.append(Job(network, seed, folder, config, options, check_stages(folder, options)))
     for job in jobs:
         epochs = len(job.history())
@@ -229,12 +247,6 @@ def estimate_of(job: Job) -> Callable[[], None]:
     return estimate
 
 
-def is_newer(path: Path, *sources: Path | None) -> bool:
-    """Return whether a result exists and was written after the files it was computed from."""
-    times = [source.stat().st_mtime for source in sources if source]
-    return path.exists() and path.stat().st_mtime >= max(times, default=0)
-
-
 def analyse(out: Path, job: Job | None, dataset: Dataset, run: Callable) -> None:
     """Extract the excitations of se-multi and execute the notebook."""
     if job is None:
@@ -244,10 +256,10 @@ def analyse(out: Path, job: Job | None, dataset: Dataset, run: Callable) -> None
     for path, options in ((clips, ()), (segments, ("--segments", "--depths", "0"))):
         words = (job.last_stage, "--data-dir", dataset.path, "--out", path, *options)
         name = "extract_excitations.py"
-        if not is_newer(path, find_best(job.last_stage)) and not run(name, (name, *words)):
+        if not is_result_of(path, job.best()) and not run(name, (name, *words)):
             return
     notebook, figures = ROOT / "excitation_analysis.ipynb", out / "figures"
-    if is_newer(out / notebook.name, clips, segments, notebook):
+    if figures.is_dir() and is_newer(out / notebook.name, clips, segments, notebook):
         return
     figures.mkdir(exist_ok=True)
     places = {"EXCITATIONS": clips, "EXCITATIONS_SEGMENTS": segments, "FIGURES_DIR": figures}
@@ -283,9 +295,13 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     cli.check_output(arguments.out, "--out", is_folder=True)
     dataset = open_dataset(arguments.data_dir)
+    for split, found in dataset.splits.items():
+        if not (found.num_clips or found.num_segments):
+            raise UsageError(f"{arguments.data_dir}: no {split} clips: all three splits are needed")
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     with only_run(out, "run of tools.paper", TrainingError), stop_on_signals() as stop:
+        remove_leftovers(out)  # a killed extraction can leave hundreds of megabytes
         return run_paper(arguments, dataset, stop)
 
 

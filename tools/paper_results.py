@@ -18,6 +18,7 @@ from toolkit.models.config import NetworkConfig
 from toolkit.models.hdf5 import list_arrays, open_hdf5
 from toolkit.training.history import HISTORY_NAME, read_history
 from toolkit.training.options import TrainingOptions
+from toolkit.training.state import best_checkpoint, find_state
 
 import numpy as np
 
@@ -62,11 +63,55 @@ class Job:
     def report(self) -> Path:
         return self.folder / "report"
 
+    def best(self) -> Path:
+        """Return the best checkpoint of the last stage; raise TrainingError if it is missing."""
+        return best_checkpoint(self.last_stage, find_state(self.last_stage, self.options)[1])
+
+    def has_report(self, dataset: Dataset) -> bool:
+        """Return whether there is a complete report of the best checkpoint."""
+        metrics, page = self.report / "metrics.json", self.report / "report.html"
+        # eval.py writes the page last.
+        if not (is_result_of(metrics, self.best()) and is_newer(page, metrics)):
+            return False
+        try:
+            predictions = self.predictions()
+        except (OSError, ValueError):
+            return False
+        expected = (dataset.splits["test"].num_clips, len(dataset.tags))
+        return predictions.shape == expected and bool(np.isfinite(predictions).all())
+
+    def predictions(self) -> np.ndarray:
+        """Read the predictions of the test clips: (n_clips, n_tags)."""
+        import pandas as pd
+
+        return pd.read_csv(self.report / "predictions.csv").iloc[:, 2:].to_numpy(float)
+
     def history(self) -> list[dict[str, float]]:
         """Return the rows of ``training.csv`` of all stages."""
         stages = range(self.options.num_lr_decays)
         paths = [self.folder / str(stage) / HISTORY_NAME for stage in stages]
         return [row for path in paths if path.exists() for row in read_history(path)]
+
+
+def is_newer(path: Path, *sources: Path) -> bool:
+    """Return whether a result exists and was written after the files it was computed from."""
+    return path.exists() and path.stat().st_mtime >= max(s.stat().st_mtime for s in sources)
+
+
+def is_result_of(path: Path, checkpoint: Path) -> bool:
+    """Return whether ``metrics.json`` or a table of excitations is complete and of a checkpoint."""
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import read_schema
+
+            provenance = json.loads(read_schema(path).metadata[b"PANDAS_ATTRS"])
+        else:
+            provenance = json.loads(path.read_text(encoding="utf-8"))
+        named = Path(provenance["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    # NETWORK/seed-N/STAGE/ckpt-….keras: the folder above may have been moved.
+    return named.parts[-4:] == checkpoint.parts[-4:] and is_newer(path, checkpoint)
 
 
 def write_tables(out: Path, jobs: list[Job], is_mtt: bool, dataset: Dataset) -> None:
@@ -75,10 +120,14 @@ def write_tables(out: Path, jobs: list[Job], is_mtt: bool, dataset: Dataset) -> 
 
     table = pd.DataFrame([row_of(job, is_mtt) for job in jobs])
     write_atomically(out / "table.csv", table.to_csv(index=False, float_format="%.6g").encode())
-    lines = ["| network | parameters | ROC AUC | PR AUC | epochs | hours | published ROC AUC |"]
+    several = table["seed"].nunique() > 1
+    of = "mean, range of seeds" if several else f"{100 * CONFIDENCE:g} % interval"
+    lines = [
+        f"| network | parameters | ROC AUC ({of}) | PR AUC | epochs | hours | published ROC AUC |"
+    ]
     lines.append("|---|--:|---|---|--:|--:|--:|")
     for network, rows in table.groupby("network", sort=False):
-        scores = " | ".join(summary(rows, metric)[-1] for metric in _METRICS)
+        scores = " | ".join(summary(rows, metric, several)[-1] for metric in _METRICS)
         published = f"{rows['published_roc_auc'].iloc[0]:.4f}" if is_mtt else "–"
         lines.append(
             f"| {network} | {rows['parameters'].iloc[0]:,} | {scores} | "
@@ -115,13 +164,14 @@ def count_parameters(job: Job) -> int:
         return sum(array.size for name, array in arrays.items() if "seed_generator" not in name)
 
 
-def summary(rows: "pd.DataFrame", metric: str) -> tuple[float, float, float, str]:
+def summary(rows: "pd.DataFrame", metric: str, several: bool) -> tuple[float, float, float, str]:
     """Return score, low and high end, and text: interval of one seed, range of several."""
-    if len(rows) == 1:
+    if not several:
         value, low, high = rows.iloc[0][[metric, f"{metric}_low", f"{metric}_high"]]
     else:
         value, low, high = (getattr(rows[metric], name)() for name in ("mean", "min", "max"))
-    return value, low, high, f"{value:.4f} ({low:.4f}–{high:.4f})"
+    text = "–" if np.isnan(value) else f"{value:.4f} ({low:.4f}–{high:.4f})"
+    return value, low, high, text
 
 
 def write_differences(path: Path, jobs: list[Job], dataset: Dataset) -> None:
@@ -140,8 +190,7 @@ def write_differences(path: Path, jobs: list[Job], dataset: Dataset) -> None:
 
     @cache
     def resamples_of(job: Job) -> Resamples:
-        predictions = pd.read_csv(job.report / "predictions.csv").iloc[:, 2:]
-        return bootstrap(labels, predictions.to_numpy(float))
+        return bootstrap(labels, job.predictions())
 
     rows = []
     for job, baseline in pairs:
@@ -162,23 +211,23 @@ def draw_scores(table: "pd.DataFrame", is_mtt: bool, data: str) -> bytes:
 
     figure = Figure(figsize=(8.3, 4), dpi=100, layout="constrained")  # 830 pixels wide
     axes = figure.subplots()
-    found = {name: summary(rows, "roc_auc") for name, rows in table.groupby("network")}
+    several = table["seed"].nunique() > 1
+    found = {name: summary(rows, "roc_auc", several) for name, rows in table.groupby("network")}
     blocks = [block for block in PUBLISHED if {block, f"{block}-multi"} & found.keys()]
     lows = [low for _, low, _, _ in found.values() if not np.isnan(low)]
     lows += [value for block in blocks for value in PUBLISHED[block] if is_mtt]
     bottom = max(0, math.floor(50 * min(lows, default=0) - 0.5) / 50)
-    several = table["seed"].nunique() > 1
     ends = "range of seeds" if several else f"{100 * CONFIDENCE:g} % interval"
     shown = {}  # what is in the legend
     for block, multi in NETWORKS.values():
         if (name := f"{block}{'-multi' * multi}") not in found:
             continue
-        value, low, high, _ = found[name]
+        value, low, high, shown_value = found[name]
         x = blocks.index(block) + 0.4 * multi - 0.2
         title, colour = (("last block alone", "#b3d4ec"), ("multi-level", "#4a97cf"))[multi]
         shown[title] = axes.bar(x, value - bottom, 0.38, bottom, color=colour)
         text = {"textcoords": "offset points", "ha": "center", "fontsize": 8.5}
-        axes.annotate(f"{value:.4f}", (x, bottom), (0, 4), **text)
+        axes.annotate(shown_value.split()[0], (x, bottom), (0, 4), **text)
         shown[ends] = axes.vlines(x, low, high, color="black", linewidth=1.2)
         if is_mtt:
             look = {"marker": "D", "s": 30, "color": "#D55E00", "edgecolor": "white", "zorder": 3}

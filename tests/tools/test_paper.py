@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from input_data import Dataset, Split, open_dataset, read_clips
 from model import build_network
 from toolkit.cli import read_options
 from toolkit.data.annotations import MTT_TOP_TAGS
-from toolkit.data.manifest import write_manifest
+from toolkit.data.manifest import read_manifest, write_manifest
 from toolkit.evaluation import score
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import Checkpoint
@@ -63,7 +65,7 @@ def report_noise(words):
     (model_path,), dataset = arguments.model_paths, open_dataset(arguments.data_dir)
     clips = list(read_clips(dataset.splits["test"].shards))
     labels = np.array([clip.labels for clip in clips])
-    noise = np.random.default_rng(len(model_path)).random(labels.shape)
+    noise = np.random.default_rng(len(Path(model_path).parts[-3])).random(labels.shape)
     origin = describe(model_path, dataset.path, dataset.tags, len(clips))
     write_report(arguments.report, origin, dataset.tags, clips, noise, score(labels, noise))
     (Path(arguments.report) / "report.html").touch()
@@ -88,9 +90,12 @@ def run(tiny_dataset):
                 train_nothing(rest)
             elif script == "eval.py":
                 report_noise(rest)
+            elif script == "-m":
+                (out / rest[rest.index("--output") + 1]).touch()
             else:
-                option = "--output" if script == "-m" else "--out"
-                (out / Path(rest[rest.index(option) + 1]).name).touch()
+                table = pd.DataFrame({"depth": [0]})
+                table.attrs = describe(rest[0], tiny_dataset, ()).to_json()
+                table.to_parquet(rest[rest.index("--out") + 1])
             return 0
 
         with pytest.MonkeyPatch.context() as patch:
@@ -141,9 +146,64 @@ def test_finished_networks_are_not_trained_again(run, finished, capsys):
     assert "basic, seed 0: finished" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("basic/seed-0/report/metrics.json", '{"roc_auc": 0.', ["eval.py"]),
+        ("basic/seed-0/report/metrics.json", '{"checkpoint": "a/seed-0/1/ckpt"}', ["eval.py"]),
+        ("basic/seed-0/report/predictions.csv", "clip_id,mp3_path,a\n1,b,0.3\n", ["eval.py"]),
+        ("basic/seed-0/report/predictions.csv", None, ["eval.py"]),
+        ("segments.parquet", "PAR1", ["extract_excitations.py", "-m"]),
+        ("basic/seed-0", None, ["train.py", "eval.py"]),
+    ],
+)
+def test_missing_damaged_and_other_results_are_computed_again(
+    run, finished, tmp_path, name, content, expected
+):
+    out = tmp_path / "out"
+    subprocess.run(["cp", "-a", str(finished), str(out)], check=True)  # with times
+    path = out / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    before = (out / "table.csv").read_text()
+    (out / ".segments.parquet.host.1.ab.tmp.parquet").touch()
+    status, commands = run(out, ["basic", "se-multi"])
+    assert (status, [command[0] for command in commands]) == (0, expected)
+    assert (out / "table.csv").read_text() == before
+    assert not list(out.glob(".*.tmp*"))
+
+
+def test_a_missing_checkpoint_is_reported_and_the_others_go_on(run, finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "out")
+    (checkpoint,) = out.glob("basic/seed-0/0/ckpt-*")
+    shutil.copy(checkpoint, checkpoint.with_name("resume.keras"))
+    checkpoint.unlink()
+    assert run(out, ["basic", "se-multi"])[0] == 1
+    said = "failed: basic, seed 0: .*/basic/seed-0/0: the best checkpoint .* is missing"
+    assert re.search(said, capsys.readouterr().err)
+    assert list(pd.read_csv(out / "table.csv")["network"]) == ["se-multi"]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_dataset_without_a_split_is_refused_at_once(run, tmp_path, tiny_dataset, split, capsys):
+    data_dir = shutil.copytree(tiny_dataset, tmp_path / "data")
+    for path in (data_dir / "tfrecord").glob(f"{split}-*"):
+        path.unlink()
+    manifest = read_manifest(data_dir / "tfrecord" / "manifest.json")
+    manifest["splits"][split] = {"clips": 0, "segments": 0, "shards": []}
+    write_manifest(data_dir / "tfrecord", manifest)
+    assert run(tmp_path / "out", ["basic"], "--data-dir", str(data_dir)) == (2, [])
+    assert f"no {split} clips" in capsys.readouterr().err
+
+
 def test_other_options_than_those_of_an_existing_network_are_refused(run, finished, capsys):
     assert run(finished, ["basic"], "--init-features", "3") == (2, [])
-    assert "--init-features was 2, now 3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "basic, seed 0: --init-features was 2, now 3" in said and "another --out" in said
 
 
 def test_options_are_passed_to_train(run, tmp_path, capsys):
@@ -189,7 +249,11 @@ def test_published_values_belong_to_the_listed_clips_of_magnatagatune(tmp_path, 
 
 def test_several_seeds_are_shown_by_mean_and_range():
     rows = pd.DataFrame({"network": "se", "seed": [0, 1], "roc_auc": [0.75, 0.85]})
-    assert paper_results.summary(rows, "roc_auc")[-1] == "0.8000 (0.7500–0.8500)"
+    assert paper_results.summary(rows, "roc_auc", True)[-1] == "0.8000 (0.7500–0.8500)"
+    # The other seed failed.
+    assert paper_results.summary(rows[:1], "roc_auc", True)[-1] == "0.7500 (0.7500–0.7500)"
+    nothing = rows.assign(roc_auc=np.nan)  # no tag has a score
+    assert paper_results.summary(nothing, "roc_auc", True)[-1] == "–"
     assert paper_results.draw_scores(rows, True, "data").startswith(b"\x89PNG")
 
 
