@@ -255,12 +255,12 @@ def test_the_report_of_another_model_is_replaced_and_named(
     report.mkdir()
     (report / "notes.txt").write_text("mine\n")
     said = []
-    for model in (model_path, model_path, other):
-        command = [str(model), "--data-dir", str(tiny_dataset), "--report", str(report)]
-        assert eval_script.main(command) == 0
+    for models in ([model_path], [model_path], [other], [model_path, other]):
+        options = ["--data-dir", str(tiny_dataset), "--report", str(report)]
+        assert eval_script.main([*map(str, models), *options]) == 0
         said.append([line for line in capsys.readouterr().err.splitlines() if "replaces" in line])
-    line = f"{report}: replaces the report of {model_path} on {tiny_dataset}"
-    assert said == [[], [], [line]]
+    lines = [f"{report}: replaces the report of {m} on {tiny_dataset}" for m in (model_path, other)]
+    assert said == [[], [], lines[:1], lines[1:]]
     assert json.loads((report / "metrics.json").read_text())["model"] == "other"
     assert (report / "notes.txt").read_text() == "mine\n"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from input_data import Clip
 from toolkit import figures, messages
 from toolkit.evaluation import CONFIDENCE, NUM_RESAMPLES, Resamples, Scores, bootstrap, interval
-from toolkit.files import write_atomically
+from toolkit.files import exists, write_atomically
 from toolkit.provenance import Provenance
 
 import numpy as np
@@ -60,7 +60,7 @@ def write_report(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _say_replaced(folder / "metrics.json", [provenance])
+    _say_replaced(folder, [provenance])
     resamples = bootstrap(np.array([clip.labels for clip in clips]), predictions, seed=seed)
     metrics = provenance.to_json() | {
         "roc_auc": _or_none(scores.macro_roc_auc),
@@ -117,7 +117,7 @@ def write_comparison(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _say_replaced(folder / "comparison.json", provenances)
+    _say_replaced(folder, provenances)
     tables, comparisons = [], []
     for provenance, of_model, drawn in zip(provenances, scores, resamples, strict=True):
         difference = drawn - resamples[0]
@@ -155,21 +155,24 @@ def tags_without_score(tags: tuple[str, ...], scores: Scores) -> list[str]:
     return [tag for tag, value in zip(tags, scores.roc_auc, strict=True) if np.isnan(value)]
 
 
-def _say_replaced(path: Path, provenances: Sequence[Provenance]) -> None:
+def _say_replaced(folder: Path, provenances: Sequence[Provenance]) -> None:
     """Say that a report is replaced, unless it is one of the same models and dataset."""
-    if not path.exists():
+    paths = [path for path in (folder / "metrics.json", folder / "comparison.json") if exists(path)]
+    if not paths:
         return
+    # The report that was written last has the page.
+    path = max(paths, key=lambda path: path.stat().st_mtime_ns)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         models = content.get("models", [content])
         before = [tuple(model[name] for name in _IDENTITY) for model in models]
     except (ValueError, AttributeError, KeyError, TypeError):
-        messages.say(f"{path.parent}: replaces a report that does not name its model")
+        messages.say(f"{folder}: replaces a report that does not name its model")
         return
     now = [tuple(getattr(provenance, name) for name in _IDENTITY) for provenance in provenances]
     if before != now:
         models = ", ".join(f"{checkpoint} on {dataset}" for checkpoint, dataset, *_ in before)
-        messages.say(f"{path.parent}: replaces the report of {models}")
+        messages.say(f"{folder}: replaces the report of {models}")
 
 
 def _or_none(value: float) -> float | None:
