@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -61,8 +60,6 @@ def start(data_dir, *options):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Background processes of a shell ignore SIGINT; restore the default.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

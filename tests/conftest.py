@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ import build_mtt
 import av
 import numpy as np
 import pytest
+
+# Background processes of a shell ignore Ctrl-C, and so would the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 TAGS = ("guitar", "slow", "techno", "strings", "drums", "electronic")

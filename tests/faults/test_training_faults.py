@@ -38,8 +38,6 @@ class TrainingProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Background processes of a shell ignore SIGINT; restore the default.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.messages = ""
 
