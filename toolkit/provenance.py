@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -82,7 +83,8 @@ def describe(
 def model_names(paths: Sequence[str | Path]) -> list[str]:
     """Name models by the last parts of their paths, with as many parts as make the names unique.
 
-    A stage's folder is a number, so its parent is always part of the name: ``log/1`` is ``log-1``.
+    The folder of a stage or a seed is a number, so its parent is always part of the name: ``log/1``
+    is ``log-1``, and ``se/seed-0/4`` is ``se-seed-0-4``.
     A name is also the name of a folder in a report, and contains no slashes or ``..``.
     """
     parts = {}
@@ -92,7 +94,10 @@ def model_names(paths: Sequence[str | Path]) -> list[str]:
             absolute = absolute.with_suffix("")
         # As text here: bytes that are not UTF-8 become equal.
         parts[path] = tuple(map(as_text, absolute.parts[1:])) or ("root",)
-    lengths = {path: 1 + part[-1].isdigit() for path, part in parts.items()}
+    lengths = {}
+    for path, part in parts.items():
+        is_number = [re.fullmatch(r"(seed-)?\d+", name) is not None for name in part]
+        lengths[path] = [*is_number[::-1], False].index(False) + 1
     while True:
         names = {path: "-".join(part[-lengths[path] :]) for path, part in parts.items()}
         taken = Counter(names.values())
