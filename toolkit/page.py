@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from input_data import Clip, Dataset
 from toolkit import mistakes
-from toolkit.data.manifest import MANIFEST_NAME, SHARD_FOLDER, read_manifest
+from toolkit.data.manifest import read_build
 from toolkit.evaluation import CONFIDENCE, Resamples, Scores, interval
 from toolkit.files import write_atomically
 from toolkit.models import onnx_file
@@ -168,8 +168,7 @@ def write_page(
 
 def _build_of(dataset: Dataset) -> tuple[list[dict] | None, str]:
     """Return a dataset's skipped clips, None if they are unknown, and its folder of audio files."""
-    manifest = dataset.path / SHARD_FOLDER / MANIFEST_NAME
-    built = read_manifest(manifest) if manifest.exists() else {}
+    built = read_build(dataset.path)
     audio_dir = built.get("options", {}).get("audio_dir", "mp3")
     # build_mtt.py records --audio-dir relative to the folder itself, not to a link to it.
     return built.get("skipped"), os.path.normpath(dataset.path.resolve() / audio_dir)

@@ -28,12 +28,12 @@ from input_data import Dataset, open_dataset
 from toolkit import cli, messages
 from toolkit.cli import option
 from toolkit.data.annotations import FOLDER_SPLITS, MTT_TOP_TAGS
-from toolkit.data.manifest import MANIFEST_NAME, SHARD_FOLDER, read_manifest
+from toolkit.data.manifest import read_build
 from toolkit.errors import TrainingError, UsageError
 from toolkit.files import only_run, remove_leftovers
 from toolkit.models.config import NetworkConfig
 from toolkit.signals import StopRequest, stop_on_signals
-from toolkit.training.options import TrainingOptions
+from toolkit.training.options import Folders, TrainingOptions
 from toolkit.training.run import compare_run
 from toolkit.training.state import check_stages
 from tools.paper_results import (
@@ -48,7 +48,8 @@ from tools.paper_results import (
 
 ROOT = Path(__file__).resolve().parents[1]
 MTT_CLIPS = {"train": 15_250, "val": 1_529, "test": 4_332}  # listed, with those that are skipped
-_SET_HERE = ("block", "multi", "seed", "initial_stage")  # options of train.py
+# Options of train.py that are set for each network.
+_SET_HERE = ("train_dir", "block", "multi", "seed", "initial_stage")
 
 
 # fmt: off
@@ -56,10 +57,6 @@ _SET_HERE = ("block", "multi", "seed", "initial_stage")  # options of train.py
 class PaperOptions:
     """Options besides those of train.py."""
 
-    data_dir: str = option(
-        "./dataset", "folder of the dataset, which contains tfrecord/",
-        group="data and output", metavar="PATH",
-    )
     out: str = option(
         "./paper", "folder for networks and results", group="data and output", metavar="PATH"
     )
@@ -163,10 +160,10 @@ def words_of(job: Job) -> list[str]:
 
 def is_magnatagatune(dataset: Dataset) -> bool:
     """Return whether the dataset is the paper's: the same tags and numbers of listed clips."""
-    path = dataset.path / SHARD_FOLDER / MANIFEST_NAME
-    if not path.exists() or set(dataset.tags) != set(MTT_TOP_TAGS):
+    built = read_build(dataset.path)
+    if not built or set(dataset.tags) != set(MTT_TOP_TAGS):
         return False
-    skipped = (row["mp3_path"] for row in read_manifest(path).get("skipped", ()))
+    skipped = (row["mp3_path"] for row in built.get("skipped", ()))
     listed = Counter(FOLDER_SPLITS.get(name.partition("/")[0]) for name in skipped)
     listed += Counter({split: found.num_clips for split, found in dataset.splits.items()})
     return listed == MTT_CLIPS
@@ -284,7 +281,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  python -m tools.paper --data-dir ./dataset --out ./paper\n"
         "  python -m tools.paper --networks se-multi rese-multi --seeds 0 1 2",
     )
-    cli.add_options(parser, PaperOptions, NetworkConfig, TrainingOptions, without=_SET_HERE)
+    classes = (Folders, PaperOptions, NetworkConfig, TrainingOptions)
+    cli.add_options(parser, *classes, without=_SET_HERE)
     return cli.add_general(parser)
 
 

@@ -171,6 +171,12 @@ def read_manifest(path: str | Path) -> dict:
     return manifest
 
 
+def read_build(data_dir: Path) -> dict:
+    """Return the manifest of a dataset; empty for shards of the published program."""
+    path = data_dir / SHARD_FOLDER / MANIFEST_NAME
+    return read_manifest(path) if path.exists() else {}
+
+
 def _is_count(value: object) -> bool:
     # JSON's true is an int in Python.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
