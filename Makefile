@@ -31,7 +31,7 @@ demo: $(VENV)/installed
 # The paper's twelve networks at small size, on the demo's dataset.
 paper: $(VENV)/installed
 	$(BIN)/python -m tools.paper --data-dir $(DEMO)/dataset --out $(DEMO)/paper \
-	  --init-features 4 --batch-size 10 --lr 0.05 --num-lr-decays 1 --max-epochs 4
+	  --init-features 4 --batch-size 10 --lr 0.05 --num-lr-decays 1 --max-epochs 2
 
 # Execute the committed notebook on the demo, without timings and widget state.
 notebook: $(VENV)/installed

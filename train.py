@@ -81,7 +81,8 @@ def train(
             tested = test_best(run, stage, state)
             if tested is not None:
                 scores[stage] = tested
-        run.job.say(f"{train_dir}: all {options.num_lr_decays} stages are finished")
+        stages = messages.count(options.num_lr_decays, "stage")
+        run.job.say(f"{train_dir}: finished after {stages}")
     return scores
 
 

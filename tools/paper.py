@@ -236,10 +236,11 @@ def estimate_of(job: Job) -> Callable[[], None]:
             for epochs in (fewest, options.max_epochs)
         )
         stages = messages.count(options.num_lr_decays, "stage")
-        messages.say(
-            f"{job}: {messages.duration(seconds)} per epoch: {least} for {stages} of "
-            f"{messages.count(fewest, 'epoch')}, at most {most} for {options.max_epochs}"
-        )
+        text = f"{messages.duration(seconds)} per epoch: {least} for {stages} of "
+        text += messages.count(fewest, "epoch")
+        if fewest < options.max_epochs:
+            text += f", at most {most} for {options.max_epochs}"
+        messages.say(f"{job}: {text}")
 
     return estimate
 

@@ -181,6 +181,6 @@ def test_interrupted_runs_resume_to_the_same_weights(tiny_dataset, trained, tmp_
     assert run.end() == 0, run.messages
     assert "stage 0: already finished" in run.messages
     assert "stage 1: learning rate 0.01, from epoch 1" in run.messages
-    assert run.messages.endswith("log: all 2 stages are finished\n")
+    assert run.messages.endswith("log: finished after 2 stages\n")
 
     assert_same_runs(log, trained)
