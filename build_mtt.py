@@ -28,7 +28,7 @@ from toolkit.data.annotations import (
     CLIP_ID,
     NUM_TAGS,
     assign_shards,
-    missing_dataset_message,
+    missing_dataset,
 )
 from toolkit.data.audio import (
     CLIP_SECONDS,
@@ -280,12 +280,12 @@ def _check_input(options: BuildOptions) -> None:
     for table in options.tables:
         if not exists(table):
             if not options.annotations:
-                raise BuildError(missing_dataset_message(options.data_dir))
-            raise BuildError(f"--annotations {table}: no such file")
+                raise missing_dataset(options.data_dir)
+            raise UsageError(f"--annotations {table}: no such file")
     if not exists(options.audio_folder) or not options.audio_folder.is_dir():
         if not options.is_own_data and options.audio_dir is None:
-            raise BuildError(missing_dataset_message(options.data_dir))
-        raise BuildError(
+            raise missing_dataset(options.data_dir)
+        raise UsageError(
             f"{options.audio_folder}: no such folder: give the audio folder with --audio-dir"
         )
     if options.decoder == "madmom":

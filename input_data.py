@@ -22,7 +22,7 @@ from toolkit.data.annotations import (
     ANNOTATIONS_NAME,
     MTT_TOP_TAGS,
     SPLITS,
-    missing_dataset_message,
+    missing_dataset,
 )
 from toolkit.data.audio import SAMPLE_RATE, segments_per_part
 from toolkit.data.clip import Clip
@@ -92,7 +92,7 @@ def open_dataset(data_dir: str | Path) -> Dataset:
     Raises
     ------
     UsageError
-        The folder is that of the shards.
+        There is no dataset, or the folder is that of the shards.
     ShardError
         There are no shards, shards are missing, the shards belong to different sets, or only the
         manifest of a build of this toolkit is missing.
@@ -103,7 +103,7 @@ def open_dataset(data_dir: str | Path) -> Dataset:
     folder = data_dir / SHARD_FOLDER
     check_data_dir(data_dir)
     if not exists(folder) and not exists(data_dir / ANNOTATIONS_NAME):
-        raise ShardError(missing_dataset_message(data_dir))
+        raise missing_dataset(data_dir)
     shards = find_shards(folder) if exists(folder) else {}
     if not any(shards.values()):
         raise ShardError(

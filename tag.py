@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 from toolkit import cli, figures, messages
 from toolkit.data.audio import check_file
 from toolkit.errors import AudioError, UsageError
-from toolkit.files import write_atomically, written_whole
+from toolkit.files import exists, write_atomically, written_whole
 from toolkit.models.tags import choose_tags
 from toolkit.prediction import DEFAULT_BATCH_SIZE, clip_mean, load
 from toolkit.provenance import as_text, describe
@@ -158,8 +157,11 @@ def _tag(arguments: argparse.Namespace) -> None:
     if not files and not failed:
         raise UsageError(f"{', '.join(arguments.audio)}: no files found")
     for path, is_named in files:
-        if is_named and (len(files) == 1 or not os.path.exists(path)):
-            check_file(path)  # before the model is loaded, which takes seconds
+        # Before the model is loaded, which takes seconds.
+        if is_named and not exists(path):
+            raise UsageError(f"{path}: no such file")
+        if is_named and len(files) == 1:
+            check_file(path)
     _check_outputs(arguments, len(files))
 
     checkpoint = load(arguments.model_path, embeddings=bool(arguments.save_embeddings))

@@ -87,32 +87,6 @@ def test_ctrl_c_is_named_even_if_a_library_replaces_its_exception(capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize(
-    ("given", "message", "shown"),
-    [
-        ("./a//b.mp3", "a/b.mp3: empty", "./a//b.mp3: empty"),
-        ("data/", "data/tfrecord: no shards", "data/tfrecord: no shards"),
-        ("https://host/a", "https:/host/a: no such file", "https://host/a: no such file"),
-        ("./dataset", "--data-dir dataset: no dataset", "--data-dir ./dataset: no dataset"),
-        ("b", "b.mp3: empty", "b.mp3: empty"),
-    ],
-)
-def test_a_message_begins_with_the_path_as_it_was_typed(capsys, given, message, shown):
-    parser = new_parser()
-    parser.add_argument("paths", nargs="+")
-    assert cli.run(raising(UsageError(message)), parser.parse_args(["other", given])) == 2
-    assert capsys.readouterr().err == f"thing.py: error: {shown}\n"
-
-
-def test_a_missing_path_of_the_command_line_is_a_usage_error(capsys):
-    parser = new_parser()
-    parser.add_argument("path")
-    arguments = parser.parse_args(["./none/x"])
-    assert cli.run(lambda arguments: Path(arguments.path).read_text(), arguments) == 2
-    assert "error: ./none/x: No such file" in capsys.readouterr().err
-    assert cli.run(lambda arguments: Path("other").read_text(), arguments) == 1
-
-
 def test_any_character_can_be_printed(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
     monkeypatch.setattr(sys, "stdout", stdout)

@@ -337,22 +337,7 @@ def _describe(error: BaseException, arguments: argparse.Namespace) -> tuple[int,
         is_out_of_memory = _is_out_of_memory(error)
         return (1, f"out of memory{_memory_hint(arguments)}") if is_out_of_memory else None
     message = describe_os_error(error) if isinstance(error, OSError) else str(error)
-    exit_status = getattr(error, "exit_status", 1)
-    values = dict(vars(arguments))
-    values.pop("scheduler", None)  # an address, not a path
-    values = [value if isinstance(value, list) else [value] for value in values.values()]
-    for given in (text for texts in values for text in texts if text and isinstance(text, str)):
-        # Name a path as the user typed it: Path drops ./ and one of the slashes of URLs.
-        named = "|".join(map(re.escape, (given, str(Path(given)))))
-        match = re.match(rf"(--[\w-]+ )?({named})(?=[:/]|$)", message)
-        if match:
-            option, rest = match[1] or "", message[match.end() :]
-            # An output that does not exist yet can fail for other reasons, such as a full disk.
-            can_be_missing = isinstance(error, ToolkitError | FileNotFoundError)
-            if exit_status == 1 and can_be_missing and not os.path.exists(given):
-                exit_status = 2
-            return exit_status, option + (given.rstrip("/") if rest[:1] == "/" else given) + rest
-    return exit_status, message
+    return getattr(error, "exit_status", 1), message
 
 
 def _is_out_of_memory(error: Exception) -> bool:

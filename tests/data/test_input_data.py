@@ -105,9 +105,9 @@ def test_other_tags_without_a_manifest_need_the_annotations(tmp_path):
 
 
 def test_error_of_a_missing_dataset_says_what_to_download(tmp_path):
-    with pytest.raises(ShardError, match="download annotations_final"):
+    with pytest.raises(UsageError, match="download annotations_final"):
         open_dataset(tmp_path / "nowhere")
-    with pytest.raises(ShardError, match="download annotations_final"):
+    with pytest.raises(UsageError, match="download annotations_final"):
         open_dataset(tmp_path)
 
 

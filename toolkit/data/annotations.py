@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from toolkit.errors import UsageError
+
 import numpy as np
 
 ANNOTATIONS_NAME = "annotations_final.csv"
@@ -137,9 +139,9 @@ def draw_splits(sizes: dict[str, int], seed: int) -> dict[str, str]:
     return best
 
 
-def missing_dataset_message(data_dir: str | Path) -> str:
-    """Return an error message that says what to download and where to put it."""
-    return (
+def missing_dataset(data_dir: str | Path) -> UsageError:
+    """Return an error that says what to download and where to put it."""
+    return UsageError(
         f"{data_dir}: no dataset found: download {ANNOTATIONS_NAME} and mp3.zip.001-003 from "
         "mirg.city.ac.uk/codeapps/the-magnatagatune-dataset and, in this folder, unpack the audio: "
         f"cat mp3.zip.* > mp3_all.zip; unzip mp3_all.zip -d {AUDIO_FOLDER}"
