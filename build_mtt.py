@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(_run, build_parser().parse_args(argv))
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     options = dataclasses.replace(
         cli.read_options(BuildOptions, arguments), form=cli.read_options(TableForm, arguments)
@@ -422,14 +422,11 @@ def _run(arguments: argparse.Namespace) -> int:
     num_clips = len(skipped) + sum(split["clips"] for split in splits.values())
     percent = 100 * len(skipped) / num_clips
     if percent > options.max_skipped:
-        messages.say(
-            f"{Path(sys.argv[0]).name}: error: {len(skipped):,} of {num_clips:,} clips "
-            f"({percent:.1f} %) were skipped, more than --max-skipped {options.max_skipped:g}: all "
-            "shards were built without them; add or replace the files and run the same command "
-            "again, or use a higher --max-skipped"
+        raise BuildError(
+            f"{len(skipped):,} of {num_clips:,} clips ({percent:.1f} %) were skipped, more than "
+            f"--max-skipped {options.max_skipped:g}: all shards were built without them; add or "
+            "replace the files and run the same command again, or use a higher --max-skipped"
         )
-        return 1
-    return 0
 
 
 if __name__ == "__main__":
