@@ -102,8 +102,8 @@ def device_names() -> list[str]:
 def keep_freed_memory() -> None:
     """Let the C library reuse large blocks of memory instead of returning them to the system.
 
-    On a CPU, a training step allocates and frees gigabytes. If the system maps and clears these
-    pages in every step, training takes up to twice as long (docs/performance.md).
+    On a CPU, a training step of JAX or PyTorch allocates and frees gigabytes, and mapping and
+    clearing these pages takes up to 38 % of the processor time (docs/performance.md).
     """
     if sys.platform != "linux":
         return
