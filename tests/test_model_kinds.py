@@ -52,6 +52,12 @@ def no_keras(monkeypatch):
         ("a.hdf5", gzip.compress(b"weights"), f"a gzip archive: unpack it: {READABLE}"),
         ("a.onnx", b"404: Not Found", f"text that begins with '404: Not Found', .*{READABLE}"),
         ("a.json", b'{"class_name":\n "Model"}', "text that begins with "),
+        ("a.onnx", '<?xml version="1.0"?><Error>é'.encode(), "text that begins with '<\\?xml"),
+        ("a.onnx", "<Error>é</Error>".encode("utf-16"), "text that begins with '<Error>é"),
+        ("a.onnx", "Não encontrado".encode("latin-1"), "text that begins with 'N.o encontrado"),
+        ("a.onnx", bytes(5000), "begins with zeros: download or copy it again"),
+        ("a.hdf5", hdf5_of("x").replace(b"\r\n", b"\n"), "damaged: "),
+        ("a.hdf5", zip_of("se-multi.hdf5"), f"a zip archive: unpack it: {READABLE}"),
         (
             "a.tflite",
             b"\x1c\0\0\0TFL3\0\0",

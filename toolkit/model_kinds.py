@@ -74,9 +74,9 @@ def _kind_of_file(path: Path) -> str:
         return f"not a file: {_EXPECTED}"
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
-    if not head:
-        return "the file is empty: download or copy it again"
-    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+    if not head.strip(b"\0"):  # some downloads reserve the space first
+        return f"{'begins with zeros' if head else 'the file is empty'}: download or copy it again"
+    if head.startswith(b"\x89HDF"):  # the next bytes differ if line endings were converted
         return _kind_of_hdf5(path)
     if head.startswith(b"PK"):
         return _kind_of_zip(path)
@@ -92,8 +92,9 @@ def _kind_of_file(path: Path) -> str:
             return f"{what}: {_EXPECTED}"
     if path.suffix in _OTHER_SUFFIXES:
         return f"{_OTHER_SUFFIXES[path.suffix]}: {_EXPECTED}"
-    text = head.decode(errors="ignore").split()
-    if head.isascii() and " ".join(text).isprintable():
+    is_utf16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = head.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace").split()
+    if " ".join(text).isprintable():  # an ONNX model begins with control characters
         return f"text that begins with {' '.join(text)[:40]!r}, not a model file: {_EXPECTED}"
     return "onnx" if path.suffix == ".onnx" else f"not a model file: {_EXPECTED}"
 
@@ -136,6 +137,8 @@ def _kind_of_zip(path: Path) -> str:
         return f"a NumPy archive (.npz): {_EXPECTED}"
     if any(name.endswith("data.pkl") for name in names):
         return f"a PyTorch file: {_EXPECTED}"
+    if "model.weights.h5" not in names:
+        return f"a zip archive: unpack it: {_EXPECTED}"
     return (
         "contains no network.json: expected a .keras file written by train.py or "
         "tools.convert_model"
