@@ -113,11 +113,12 @@ def _save(
         line += f", {messages.count(num_clips, f'{split} clip')}"
     if len(provenances) == 1:  # several models are in the legend
         line = f"{provenances[0].model}: {line}"
-    figure.supxlabel(_shorten(line), x=0.01, ha="left", fontsize="small", parse_math=False)
+    figure.supxlabel(_shorten(line), x=0.01, ha="left", fontsize="small")
     texts = figure.findobj(Text)
     families = choose_fonts(text.get_text() for text in texts)
     for text in texts:
         text.set_fontfamily(families)
+        text.set_parse_math(False)  # tags and paths may contain $
     picture_format = Path(path).suffix[1:].lower()
     key = "Subject" if picture_format == "pdf" else "Description"  # names that the formats define
     found = json.dumps([provenance.to_json() for provenance in provenances])
@@ -133,7 +134,7 @@ def _shorten(line: str, length: int = 90) -> str:
 
 
 def _tag_rows(tags: tuple[str, ...], positives: np.ndarray, order: np.ndarray) -> list[str]:
-    return [f"{tags[tag]} ({positives[tag]})".replace("$", r"\$") for tag in order]
+    return [f"{_shorten(tags[tag], 40)} ({positives[tag]})" for tag in order]
 
 
 def _draw_rows(num_rows: int, row_height: float, width_ratios: Sequence[float]):
@@ -371,13 +372,13 @@ def plot_taggram(
         interpolation="nearest",
         extent=(left, left + step * len(starts), len(order) - 0.5, -0.5),
     )
-    axes.set_yticks(range(len(order)), [tags[tag] for tag in order], parse_math=False)
+    axes.set_yticks(range(len(order)), [_shorten(tags[tag], 40) for tag in order])
     axes.tick_params(axis="y", length=0)
     axes.set_ylabel("tag, by mean probability")
     axes.set_xlabel("time (s)")
     figure.colorbar(image, ax=axes, label="probability", pad=0.02)
     title = _shorten(Path(provenance.dataset).name)
-    axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
+    axes.set_title(title, loc="left", fontsize="medium")
     _save(figure, path, provenance)
 
 

@@ -56,7 +56,8 @@ def update_picture(train_dir: Path, provenance: Provenance) -> None:
     try:
         plot_training(train_dir, provenance)
     except Exception as error:
-        messages.say(f"{train_dir / PICTURE_NAME}: cannot be drawn: {error}")
+        reason = getattr(error, "strerror", None) or error
+        messages.say(f"{train_dir / PICTURE_NAME}: cannot be drawn: {reason}")
 
 
 class EventLog:
