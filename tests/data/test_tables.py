@@ -189,7 +189,7 @@ VARIANTS = {
     "empty fields": (HEADER + ROWS).replace("\n", ",,\n") + ",,,,,\n",
     "spaces": 'path, split, tags\na.mp3, train, rock\nb.mp3, val, "slow, rock"\nc.mp3, test, slow',
     "True and False": (HEADER + ROWS).replace("1", "True").replace("0", "FALSE"),
-    "1.0 and 0.0": (HEADER + ROWS).replace("0", "0.0").replace("1", "1.0"),
+    "1e+00 and 0.0": (HEADER + ROWS).replace("0", "0.0").replace("1", "1e+00"),
     "decimal commas": (HEADER + ROWS).replace(",", ";").replace("0", "0,0").replace("1", "1,0"),
     "yes and no": (HEADER + ROWS).replace("1", "yes").replace("0", "no"),
     "other words": (HEADER + ROWS).replace("train", "Training").replace("val", "dev"),
@@ -274,13 +274,15 @@ def test_columns_that_are_not_tags_can_be_excluded(tmp_path):
 
 
 def test_odd_tags_are_noted(tmp_path):
-    rows = ['"a",train,"Rock|x;|y ""z"""', "b,val,rock|hip hop", "c,test,hip  hop"]
+    rows = ['"a",train,"Rock|x;|y ""z"""', "b,val,rock|hip hop", "c,test,hip\u200b  hop|'x'"]
     path = write(tmp_path / "t.csv", "path,split,tags", *rows)
     form = TableForm(tags_column="tags", tags_delimiter="|")
     _, notes = read_tables([path], form=form)
-    assert "tags that contain a delimiter or a quote: 'x;', 'y \"z\"'" in notes
-    alike = "'Rock', 'rock', 'hip  hop', 'hip hop'"
+    assert "tags that contain a delimiter or a quote: \"'x'\", 'x;', 'y \"z\"'" in notes
+    alike = "'Rock', 'rock', 'hip hop', 'hip\\u200b  hop'"
     assert f"tags that differ only in case or spaces: {alike}" in notes
+    _, notes = read_tables([write(tmp_path / "t.csv", "path,split,tags", "a,train,rock / loud")])
+    assert "tags are in column 'tags', one per clip" in notes[0]
 
 
 def test_backslashes_are_read_as_slashes(tmp_path):
@@ -407,6 +409,8 @@ def test_splits_without_clips_are_noted(tmp_path):
         ("path,split,clip_id\na.mp3,train,1\n", "no column contains only 0 and 1"),
         ("path,split,rock\na.mp3,train,0\n", "no clip carries a tag"),
         ("path,split,tags\na,train,\"['rock']\"\n", "row 2, column 'tags': found \"['rock']\""),
+        ("path,split,tags\na,train,\"{'x', 'y'}\"\n", "row 2, column 'tags': found \"{'x'"),
+        ("path,split,tags\na,train,x\ty\n", "'x\\ty' cannot be the name of a tag (it is empty or"),
         ("path,split,tags\na,train,clip_id\n", "row 2, column 'tags': 'clip_id' cannot be"),
         ('path,split,tags\na,train,"x,y"\nb,val,x,y\n', "row 2, column 'tags': 'x,y' is a list"),
         ("path,file,split,x\na,b,train,1\n", "several columns of paths in 'path', 'file'"),

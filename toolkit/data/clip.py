@@ -179,7 +179,8 @@ def describe_clips(clips: ClipTable, num_rows: int, names: Collection[str]) -> l
     # Probably one tag, whose clips are divided between several outputs.
     similar = {}
     for name in names:
-        similar.setdefault(" ".join(name.casefold().split()), []).append(name)
+        visible = "".join(filter(str.isprintable, normalize("NFKC", name).casefold()))
+        similar.setdefault(" ".join(visible.split()), []).append(name)
     groups = [group for group in similar.values() if len(group) > 1]
     if alike := [name for group in groups if set(group) & set(clips.tags) for name in group]:
         notes.append(f"tags that differ only in case or spaces: {listed(alike)}")

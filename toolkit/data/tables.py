@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
-from toolkit import cli
+from toolkit import cli, messages
 from toolkit.cli import option
 from toolkit.data.annotations import (
     CLIP_ID,
@@ -48,9 +48,9 @@ SPLIT_NAMES = (
     | dict.fromkeys(("val", "valid", "validation", "dev"), "val")
     | dict.fromkeys(("test", "testing"), "test")
 )
-# Notations of labels, in lower case. Some spreadsheets write 1,0 with a decimal comma.
+# Notations of labels, as `_plain` writes them. Some spreadsheets write 1,0 with a decimal comma.
 _NOTATIONS = {
-    "0 and 1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "0,0": 0, "1,0": 1},
+    "0 and 1": {"0": 0, "1": 1, "0,0": 0, "1,0": 1},
     "True and False": {"false": 0, "true": 1},
     "yes and no": {"no": 0, "yes": 1},
 }
@@ -253,9 +253,17 @@ def _find_tags(
     return _read_columns(table, no_tags, is_mtt)
 
 
+def _plain(value: str) -> str:
+    """Return a field in lower case, and numbers such as 1.00 and 1e+00 in their shortest form."""
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return value.strip().casefold()
+
+
 def _notation(value: str) -> str | None:
     """Return the notation of a label, or None for other values."""
-    value = value.strip().casefold()
+    value = _plain(value)
     return next((name for name, labels in _NOTATIONS.items() if value in labels), None)
 
 
@@ -289,7 +297,7 @@ def _read_columns(
                 f"found {values[place].strip()!r}, expected {notation.replace('and', 'or')} "
                 "(--exclude-columns leaves out a column that is not a tag)",
             )
-        ones = {v for v in set(values) if _NOTATIONS[notation][v.strip().casefold()]}
+        ones = {v for v in set(values) if _NOTATIONS[notation][_plain(v)]}
         found[notation][column] = [row for row, value in enumerate(values) if value in ones]
     # Columns of True and False beside columns of 0 and 1 are probably not tags.
     notation = next((name for name, rows_of in found.items() if rows_of), None)
@@ -304,7 +312,7 @@ def _read_columns(
     unused += [column for other in found.values() for column in other]
     for column in rows_of:
         check_tag(column, Row(table.rows[0].table, 1), column)
-    notes = [f"tags are {len(rows_of)} columns of {notation}"]
+    notes = [f"tags are {messages.count(len(rows_of), 'column')} of {notation}"]
     if unused:
         notes.append(f"columns that are not tags: {listed(unused)}")
     # Shards of the published program have a label for each tag of MagnaTagATune's table.
@@ -328,7 +336,7 @@ def _read_lists(
     for number, (row, fields) in enumerate(zip(table.rows, table.fields, strict=True)):
         value = fields[place].strip()
         # pandas writes lists as "['rock', 'slow']": brackets and quotes would enter the tags.
-        if value.startswith("[") and value.endswith("]"):
+        if re.fullmatch(r"""\[.*\]|[({]\s*['"].*[)}]""", value):
             raise row.error(column, f"found {value[:40]!r}, expected only tags, such as rock,slow")
         # A list in quotes would become one tag that contains delimiters.
         if is_spread and table.delimiter in value:
@@ -340,9 +348,14 @@ def _read_lists(
             if tag not in rows_of:
                 check_tag(tag, row, column)
             rows_of.setdefault(tag, []).append(number)
-    how = "and the columns that follow" if is_spread else f"with delimiter {delimiter!r}"
-    notes = [f"tags are in column {column!r} {how}"]
-    if odd := [tag for tag in sorted(rows_of) if re.search(r'[,;|"]', tag)]:
+    if is_spread:
+        how = " and the columns that follow"
+    elif any(delimiter in value for value in table.values(column)):
+        how = f" with delimiter {delimiter!r}"
+    else:  # lists with another delimiter are read as one tag
+        how = ", one per clip"
+    notes = [f"tags are in column {column!r}{how}"]
+    if odd := [tag for tag in sorted(rows_of) if re.search(r"""[,;|"]|^'|'$""", tag)]:
         notes.append(f"tags that contain a delimiter or a quote: {listed(odd)}")
     # Sorted, so that the order of tags with equal counts does not depend on the order of rows.
     return dict(sorted(rows_of.items())), notes
@@ -369,11 +382,10 @@ def check_tag(tag: str, row: Row, column: str) -> None:
     """Raise AnnotationsError for a name that a tag cannot have."""
     # Refused here, and not by extract_excitations.py after days of training.
     if not tag or tag in RESERVED_TAGS or re.search(r"[\x00-\x1f]", tag):
-        raise row.error(
-            column,
-            f"{tag!r} cannot be the name of a tag (reserved: {', '.join(RESERVED_TAGS)}): rename "
-            "the tag",
-        )
+        why = "it is empty or contains a control character"
+        if tag in RESERVED_TAGS:
+            why = f"reserved: {', '.join(RESERVED_TAGS)}"
+        raise row.error(column, f"{tag!r} cannot be the name of a tag ({why}): rename the tag")
 
 
 # --- Splits --------------------------------------------------------------------------------------
@@ -451,8 +463,9 @@ def _split_by_groups(
     # Clips without a tag are left out later, so they must not fill a split.
     sizes = Counter(group for group, tagged in zip(groups, is_tagged, strict=True) if tagged)
     if len(sizes) < len(SPLITS):
+        groups_found = messages.count(len(sizes), "group")
         raise AnnotationsError(
-            f"{table.rows[0].table}: {what}: {len(sizes)} groups with tags, too few for "
+            f"{table.rows[0].table}: {what}: {groups_found} with tags, too few for "
             f"{', '.join(SPLITS)}: use another --split-by"
         )
     split_of = draw_splits(sizes, form.split_seed)
