@@ -172,6 +172,10 @@ def test_stage_of_another_training_is_refused(tiny_dataset, log, tmp_path, capsy
     shutil.copytree(tmp_path / "other" / "0", log / "0")
     assert train.main(arguments(tiny_dataset, log, *TWO_STAGES)) == 2
     assert f"{log / '1'}: was trained from a checkpoint with validation" in capsys.readouterr().err
+    shutil.rmtree(log / "0")
+    (log / "1").rename(log / "0")
+    assert train.main(arguments(tiny_dataset, log, *TWO_STAGES)) == 2
+    assert "resume.keras: is a file of stage 1: restore" in capsys.readouterr().err
 
 
 def test_deleting_what_is_no_longer_needed_is_harmless(tiny_dataset, trained, log, capsys):

@@ -402,7 +402,7 @@ def test_dropout_and_weight_decay_may_change(tiny_dataset, trained, log, capsys)
     started = capsys.readouterr().err
     for said in (resumed, started):
         assert "--dropout was 0.5, now 0: used from the next epoch\n" in said
-        assert "--weight-decay was 0, now 0.1: used from the next epoch\n" in said
+        assert "--weight-decay was 0, now 0.1: used from the next epoch; losses before" in said
     assert "stage 0: learning rate 0.05, from epoch 2\n" in resumed
     best = find_best(log / "1")
     config = checkpoints.load(best).config

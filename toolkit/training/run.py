@@ -40,7 +40,8 @@ CHANGES = {
     "init_features": (None, None),
     "initializer": (None, None),
     "dropout": (_NEXT, None),
-    "weight_decay": (_NEXT, None),
+    # The validation loss contains the penalty, so the best epoch so far may stay the best.
+    "weight_decay": (f"{_NEXT}; losses before and after contain different penalties", None),
     "batch_size": (_NEXT, None),
     "momentum": (_NEXT, None),  # refused if one of the values is 0
     "lr": (_NEXT, None),

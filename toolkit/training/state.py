@@ -154,11 +154,21 @@ def check_stages(train_dir: Path, options: TrainingOptions) -> bool:
     Raises
     ------
     UsageError
-        A stage was trained from another stage than the one before it in the folder.
+        A stage was trained from another stage than the one before it in the folder, or the folder
+        contains the files of another stage.
     """
     stages = range(options.initial_stage, options.num_lr_decays)
     folders = [train_dir / str(stage) for stage in stages]
     found = [find_state(folder, options) for folder in folders]
+    for stage, folder, (path, state) in zip(stages, folders, found, strict=True):
+        if state is None or path.suffix == ".hdf5":
+            continue
+        of_stage = checkpoints.read_description(path)["training"].get("stage", stage)
+        if of_stage != stage:
+            raise UsageError(
+                f"{path}: is a file of stage {of_stage}: restore {folder}, or delete it to train "
+                "the stage again"
+            )
     for number in range(1, len(folders)):
         before, folder, state = folders[number - 1], folders[number], found[number][1]
         path, earlier = found[number - 1]
