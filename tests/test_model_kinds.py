@@ -1,8 +1,10 @@
 """Files that are not model files are named for what they are, before Keras is imported."""
 
 import codecs
+import errno
 import gzip
 import io
+import os
 import re
 import zipfile
 
@@ -103,3 +105,12 @@ def test_kinds_of_model_files(tmp_path):
         (tmp_path / f"model.{kind}").write_bytes(content)
         assert model_kind(tmp_path / f"model.{kind}") == kind
     assert model_kind(tmp_path) == "folder"
+
+
+def test_a_missing_permission_names_the_folder(tmp_path, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert eval_script.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path}: Permission denied\n")

@@ -1,6 +1,7 @@
 """Recognise the kind of a model file by its content, before a large library is imported."""
 
 import codecs
+import os
 import re
 import zipfile
 import zlib
@@ -61,9 +62,10 @@ def model_kind(path: str | Path) -> str:
 
 
 def _kind_of_folder(path: Path) -> str:
-    if (path / "saved_model.pb").exists():
+    names = os.listdir(path)  # an error of a missing permission names the folder
+    if "saved_model.pb" in names:
         return f"a TensorFlow SavedModel: use the {_READABLE} that it was exported from"
-    if (path / "model.weights.h5").exists():
+    if "model.weights.h5" in names:
         return "an unpacked .keras file: use the .keras file itself"
     return "folder"
 
@@ -137,7 +139,8 @@ def _kind_of_zip(path: Path) -> str:
         return f"a NumPy archive (.npz): {_EXPECTED}"
     if any(name.endswith("data.pkl") for name in names):
         return f"a PyTorch file: {_EXPECTED}"
-    if "model.weights.h5" not in names:
+    suffixes = {Path(name).suffix for name in names}
+    if suffixes & {".keras", ".hdf5", ".h5", ".onnx"} and "config.json" not in names:
         return f"a zip archive: unpack it: {_EXPECTED}"
     return (
         "contains no network.json: expected a .keras file written by train.py or "

@@ -83,8 +83,8 @@ def decode(
 def check_file(path: str | Path) -> None:
     """Raise AudioError if a file does not exist, cannot be read, is empty, or is a playlist."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise AudioError(f"{path}: no such file")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
+            raise AudioError(f"{path}: not a file")
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
         raise AudioError(f"{path}: no such file") from None
     except OSError as error:

@@ -279,6 +279,8 @@ def _read_member(path: Path, name: str, max_bytes: int) -> bytes:
                     f"{path}: {name} has {info.file_size} bytes: expected at most {max_bytes}"
                 )
             return archive.read(info)
+    except PermissionError:
+        raise
     except DAMAGE as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
 
