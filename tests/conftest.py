@@ -30,7 +30,8 @@ import pytest
 # Background processes of a shell ignore Ctrl-C, and so would the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 TAGS = ("guitar", "slow", "techno", "strings", "drums", "electronic")
 TAGS += ("rock", "fast", "piano", "ambient", "beat", "violin")
 # Folder of each clip, which selects its split: 12 train, 6 val, 6 test.
@@ -86,6 +87,15 @@ def encode_float(path, codec, sample_rate=44100, layout="stereo", seconds=4):
     return path
 
 
+def wrecked(content):
+    """Overwrite all frames of an MP3 except the first five, but not their headers."""
+    content = bytearray(content)
+    frames = [at for at in range(len(content) - 1) if content[at : at + 2] == b"\xff\xf3"]
+    for start in frames[5:]:
+        content[start + 4 : start + 40] = b"\xff" * 36
+    return bytes(content)
+
+
 def add_picture(container):
     """Add a video stream of one second."""
     stream = container.add_stream("mpeg4", rate=10, width=32, height=32, pix_fmt="yuv420p")
@@ -129,6 +139,20 @@ def write_other_tags(data_dir):
     rows = [[number, *row, f"0/{number}.mp3"] for number, row in enumerate(labels, start=2)]
     write_annotations(data_dir / "annotations_final.csv", rows, tags)
     return tags
+
+
+def run_python(*command, timeout=300, **variables):
+    """Run Python with the toolkit in a new process, on CPUs; return it with its output."""
+    python_path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = os.environ | {"PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": ""} | variables
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -257,3 +281,9 @@ def trained(tiny_dataset, tmp_path_factory) -> Path:
     from training_runs import train_two_stages
 
     return train_two_stages(tiny_dataset, tmp_path_factory.mktemp("trained") / "log")
+
+
+@pytest.fixture
+def log(trained, tmp_path):
+    """Copy `trained` for a test that changes the folder."""
+    return Path(shutil.copytree(trained, tmp_path / "log"))

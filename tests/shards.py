@@ -1,5 +1,7 @@
 """Write small shards of random clips, with and without a manifest."""
 
+import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 from input_data import Clip
@@ -57,11 +59,29 @@ def add_manifest(data_dir, num_tags=50, num_samples=NUM_SAMPLES):
         )
         split["clips"] += count
         split["segments"] += count
-        split["shards"].append({"name": path.name, "clips": count, "segments": count})
+        entry = {"name": path.name, "clips": count, "segments": count}
+        split["shards"].append(entry | {"bytes": path.stat().st_size})
     tags = [f"tag {number}" for number in range(num_tags)]
     manifest = {"tags": tags, "sample_rate": 22050, "num_samples": num_samples, "splits": splits}
-    write_manifest(data_dir / "tfrecord", manifest)
+    write_manifest(data_dir / "tfrecord", manifest | {"skipped": []})
     return data_dir
+
+
+@contextmanager
+def edited_manifest(data_dir):
+    """Yield the content of manifest.json, and write it with the caller's changes."""
+    path = data_dir / "tfrecord" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    yield manifest
+    path.write_text(json.dumps(manifest))
+
+
+def remove_split(data_dir, split):
+    """Delete the shards of a split, also in the manifest."""
+    for path in (data_dir / "tfrecord").glob(f"{split}-*"):
+        path.unlink()
+    with edited_manifest(data_dir) as manifest:
+        manifest["splits"][split] = {"clips": 0, "segments": 0, "shards": []}
 
 
 def assert_same_clips(found, expected):

@@ -5,11 +5,7 @@ import functools
 import io
 import re
 import struct
-import subprocess
 import sys
-import textwrap
-import time
-from pathlib import Path
 from unittest import mock
 
 from input_data import read_clips
@@ -20,11 +16,19 @@ from toolkit.errors import AudioError, UsageError
 import av
 import numpy as np
 import pytest
-from conftest import add_picture, encode_audio, encode_float, needs_proc, opened, synthesise
+from conftest import (
+    add_picture,
+    encode_audio,
+    encode_float,
+    needs_proc,
+    opened,
+    run_python,
+    synthesise,
+    wrecked,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_RATE = 22050
 NUM_SAMPLES = 59049
 
@@ -84,15 +88,11 @@ def assert_same_as_madmom(path, tolerance=0):
     ("name", "sample_rate", "channels", "seconds", "codec", "bit_rate"),
     [
         ("clip.mp3", 16000, 1, 30, "libmp3lame", 32000),
-        ("stereo-44k.mp3", 44100, 2, 30, "libmp3lame", 128000),
-        ("stereo-48k.mp3", 48000, 2, 30, "libmp3lame", 128000),
-        ("short.mp3", 16000, 1, 7.3, "libmp3lame", 32000),
-        ("no-resampling.mp3", 22050, 1, 30, "libmp3lame", 32000),
-        ("stereo.wav", 44100, 2, 30, "pcm_s16le", None),
+        ("stereo-44k.mp3", 44100, 2, 7.3, "libmp3lame", 128000),
         ("no-resampling.wav", 22050, 1, 3, "pcm_s16le", None),
         ("8k.wav", 8000, 1, 3, "pcm_s16le", None),
         ("96k-surround.wav", 96000, 6, 3, "pcm_s16le", None),
-        ("stereo.flac", 44100, 2, 30, "flac", None),
+        ("stereo.flac", 48000, 2, 7.3, "flac", None),
     ],
 )
 def test_equals_madmom(tmp_path, name, sample_rate, channels, seconds, codec, bit_rate):
@@ -113,15 +113,6 @@ def test_nearly_equals_madmom_where_releases_of_ffmpeg_differ(tmp_path, name, co
     # 2**-24 is the last bit of a sample. Both channels are equal, because FFmpeg 5 decodes some
     # coupled channels wrongly.
     assert_same_as_madmom(encode_float(tmp_path / name, codec), tolerance=2**-22)
-
-
-def wrecked(content):
-    """Overwrite all frames of an MP3 except the first five, but not their headers."""
-    content = bytearray(content)
-    frames = [at for at in range(len(content) - 1) if content[at : at + 2] == b"\xff\xf3"]
-    for start in frames[5:]:
-        content[start + 4 : start + 40] = b"\xff" * 36
-    return bytes(content)
 
 
 def damaged(content):
@@ -160,16 +151,13 @@ def test_stop_and_sample_rate(mp3):
 @pytest.mark.parametrize(
     ("name", "sample_rate", "channels", "codec"),
     [
-        ("a.mp3", 16000, 1, "libmp3lame"),
         ("a.mp3", 44100, 2, "libmp3lame"),
-        ("a.mp3", 48000, 1, "libmp3lame"),
         ("a.wav", 22050, 1, "pcm_s16le"),
-        ("a.wav", 8000, 2, "pcm_s16le"),
         ("a.wav", 96000, 6, "pcm_s16le"),
-        ("a.flac", 44100, 2, "flac"),
+        ("a.flac", 8000, 2, "flac"),
     ],
 )
-@pytest.mark.parametrize("num_gathered", [1, 10_000, 1 << 16])
+@pytest.mark.parametrize("num_gathered", [1, 10_000])
 def test_resampling_in_pieces_returns_the_same_samples(
     tmp_path, monkeypatch, name, sample_rate, channels, codec, num_gathered
 ):
@@ -243,59 +231,30 @@ def test_truncated_mp3_is_decoded_up_to_its_end(tmp_path, mp3):
     np.testing.assert_array_equal(samples[:SAMPLE_RATE], decode(mp3)[:SAMPLE_RATE])
 
 
-_HELD = """
+_HELD = """if True:
     import sys
-    sys.path.insert(0, sys.argv[1])
     from pathlib import Path
-    import numpy
     from toolkit.data.audio import decode
 
     def held():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
-    decode(sys.argv[2])
+    decode(sys.argv[1])
     before = held()
-    print(len(decode(sys.argv[3])), held() - before)
+    print(len(decode(sys.argv[2])), held() - before)
 """
 
 
 @needs_proc
-@pytest.mark.parametrize("name", ["hours.mp3", "hours.wav"])
-def test_three_hours_need_no_more_memory_than_29_s(tmp_path, name):
+def test_three_hours_need_no_more_memory_than_29_s(tmp_path):
     short = encode_audio(tmp_path / "short.mp3", synthesise(30))
-    hours = tmp_path / name
-    if name.endswith(".mp3"):
-        hours.write_bytes(short.read_bytes() * 360)
-    else:
-        encode_audio(hours, synthesise(30), 16000, "pcm_s16le", None)
-        # Append silence, as a sparse file.
-        start, num_bytes = hours.read_bytes().index(b"data") + 8, 3 * 3600 * 32000
-        with open(hours, "r+b") as file:
-            file.truncate(start + num_bytes)
-            for at, size in ((4, start + num_bytes - 8), (start - 4, num_bytes)):
-                file.seek(at)
-                file.write(size.to_bytes(4, "little"))
-    started = time.monotonic()
-    command = [sys.executable, "-c", textwrap.dedent(_HELD), str(ROOT), str(short), str(hours)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    hours = tmp_path / "hours.mp3"
+    hours.write_bytes(short.read_bytes() * 360)
+    done = run_python("-c", _HELD, short, hours, timeout=30)
     assert done.returncode == 0, done.stderr
     num_samples, num_kilobytes = map(int, done.stdout.split())
-    print(f"{hours.stat().st_size >> 20} MiB: {num_kilobytes} KB more than 30 s")
     assert num_samples == 29 * SAMPLE_RATE
     assert num_kilobytes < 50_000
-    assert time.monotonic() - started < 30
-
-
-def test_silence_is_audio(tmp_path):
-    path = encode_audio(tmp_path / "silence.mp3", np.zeros((48000, 1), np.int16))
-    assert np.abs(decode(path)).max() < 1e-3
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_video_gives_its_audio_track(tmp_path, name):
-    samples = decode(encode_float(tmp_path / name, "aac", layout="mono"))
-    assert 3.9 * SAMPLE_RATE < len(samples) < 4.2 * SAMPLE_RATE
 
 
 def test_unusual_names_and_comments_are_accepted(tmp_path, mp3, monkeypatch):
@@ -316,9 +275,7 @@ def not_audio(kind, folder):
     path = folder / f"{kind}.mp3"
     random = np.random.default_rng(0)
     content = {
-        "empty": b"",
         "noise": random.bytes(40_000),
-        "text": b"This is no music at all.\n" * 200,
         "null": bytes(40_000),
         "id3-only": id3_picture(),
         "one-header": b"\xff\xfb\x90\x64",
@@ -327,21 +284,17 @@ def not_audio(kind, folder):
         path.write_bytes(content[kind])
     elif kind == "folder":
         path.mkdir()
-    elif kind == "one-sample":
-        path = path.with_suffix(".wav")
-        encode_audio(path, synthesise(1 / 16000), 16000, "pcm_s16le", None)
     elif kind == "video":
         path = path.with_suffix(".mp4")
         with av.open(str(path), "w") as container:
             add_picture(container)
-    elif kind == "long-name":
-        path = folder / ("a" * 300 + ".mp3")
     else:
-        assert kind == "missing"
+        path = folder / ("a" * 300 + ".mp3")
     return path
 
 
-_NOT_AUDIO = "missing folder long-name empty noise text null id3-only one-header one-sample video"
+# Builds of shards have tests of empty, missing and unreadable files, text, and a single sample.
+_NOT_AUDIO = "folder long-name noise null id3-only one-header video"
 
 
 @pytest.mark.parametrize("kind", _NOT_AUDIO.split())
@@ -357,13 +310,6 @@ def test_one_sample_is_audio(tmp_path):
     one = np.array([[16384]], np.int16)
     path = encode_audio(tmp_path / "one.wav", one, SAMPLE_RATE, "pcm_s16le", None)
     np.testing.assert_array_equal(decode(path), [0.5])
-
-
-def test_mostly_damaged_file_is_refused(tmp_path, mp3):
-    path = tmp_path / "wreck.mp3"
-    path.write_bytes(wrecked(mp3.read_bytes()))
-    with pytest.raises(AudioError, match=r"wreck\.mp3: \d+ of \d+ audio packets are damaged"):
-        decode(path)
 
 
 def bursts(content, every=2000, size=300):
@@ -486,15 +432,13 @@ def write_wav(path, samples, sample_rate=SAMPLE_RATE):
     return path
 
 
-@pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("kind", [np.float32, np.float64])
 @pytest.mark.parametrize(
-    ("value", "what"),
+    ("channels", "kind", "value", "what"),
     [
-        (np.nan, "NaN"),
-        (-np.inf, "-infinity"),
-        (1e29, r"1e\+29, beyond 100 times full scale"),
-        (-101, "-101, beyond 100 times full scale"),
+        (1, np.float32, np.nan, "NaN"),
+        (2, np.float64, -np.inf, "-infinity"),
+        (1, np.float64, 1e29, r"1e\+29, beyond 100 times full scale"),
+        (2, np.float32, -101, "-101, beyond 100 times full scale"),
     ],
 )
 def test_samples_that_cannot_be_audio_are_refused(tmp_path, channels, kind, value, what):
@@ -534,18 +478,6 @@ def test_any_damage_returns_samples_or_raises_an_audio_error(tmp_path, mp3, seed
 
 
 # --- Segments -------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 5000), st.integers(1, 700))
-@example(0, 1)
-@example(700, 700)
-@example(699, 700)
-def test_segments_are_consecutive_and_the_remainder_is_dropped(num_samples, segment_length):
-    samples = np.arange(num_samples, dtype=np.float32)
-    segments = cut_segments(samples, segment_length)
-    assert segments.shape == (num_samples // segment_length, segment_length)
-    np.testing.assert_array_equal(segments.ravel(), samples[: segments.size])
-    assert num_samples - segments.size < segment_length
 
 
 @given(

@@ -1,11 +1,9 @@
 """Building shards: content, skipped clips, resuming, links, and refused options."""
 
 import ctypes
-import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,15 +16,7 @@ from toolkit.data.audio import cut_segments, decode
 import numpy as np
 import pytest
 from builds import SCRIPT, SHARDS, build, contents, refusal, run, shards_in
-from conftest import (
-    TAGS,
-    deny,
-    encode_audio,
-    encode_float,
-    opened,
-    synthesise,
-    write_annotations,
-)
+from conftest import TAGS, deny, encode_audio, encode_float, opened, synthesise
 
 
 def read_json(data_dir):
@@ -81,9 +71,8 @@ def test_shards_contain_the_segments_and_labels_of_each_clip(finished):
     assert sorted(identities + skipped) == sorted(row_of)
 
 
-@pytest.mark.parametrize("num_workers", ["1", "3"])
-def test_number_of_workers_does_not_matter(finished, data_dir, num_workers):
-    assert build(data_dir, "--num-workers", num_workers) == 0
+def test_number_of_workers_does_not_matter(finished, data_dir):
+    assert build(data_dir, "--num-workers", "3") == 0
     assert contents(data_dir) == contents(finished[0])
 
 
@@ -211,9 +200,7 @@ def test_name_too_long_for_the_file_system_is_skipped_with_its_reason(capsys, da
     assert sum(split["clips"] for split in manifest["splits"].values()) == 21
 
 
-@pytest.mark.parametrize(
-    ("percent", "status"), [("12", 1), ("12.5", 0), ("0", 1), ("100", 0), (None, 1)]
-)
+@pytest.mark.parametrize(("percent", "status"), [("12", 1), ("12.5", 0), (None, 1)])
 def test_too_many_skipped_clips_exit_with_status_1_and_all_shards(
     capsys, finished, data_dir, percent, status
 ):
@@ -270,11 +257,10 @@ def link_out(kind, data_dir, outside):
         clip.symlink_to(f"../way/{clip.name}")
     else:
         clip.unlink()
-        target = outside / clip.name
-        clip.symlink_to(target if kind == "absolute" else os.path.relpath(target, clip.parent))
+        clip.symlink_to(outside / clip.name)
 
 
-@pytest.mark.parametrize("kind", ["absolute", "relative", "folder", "chain"])
+@pytest.mark.parametrize("kind", ["file", "folder", "chain"])
 def test_link_that_leads_out_is_refused_with_row_and_column(capsys, data_dir, tmp_path, kind):
     link_out(kind, data_dir, tmp_path / "outside")
     with opened(tmp_path / "outside" / "clip-04-0-1.mp3") as was_opened:
@@ -313,16 +299,8 @@ def test_audio_folder_whose_name_is_not_utf_8_is_read_and_resumed(data_dir, tmp_
 # --- Refused --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "found"),
-    [
-        (["--num-samples", "4001"], "--num-samples was 4000, now 4001"),
-        (["--sample-rate", "16000"], "--sample-rate was 8000, now 16000"),
-        (["--num-audios-per-shard", "3"], "--num-audios-per-shard was 2, now 3"),
-    ],
-)
 @pytest.mark.parametrize("is_finished", [True, False])
-def test_other_options_are_refused(capsys, finished, data_dir, options, found, is_finished):
+def test_other_options_are_refused(capsys, finished, data_dir, is_finished):
     folder = shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
     if not is_finished:
         recorded = read_json(data_dir)["options"]
@@ -334,9 +312,8 @@ def test_other_options_are_refused(capsys, finished, data_dir, options, found, i
         return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     before = files()
-    line = refusal(capsys, data_dir, *options)
-    assert found in line
-    assert "use the same options, or delete this folder" in line
+    line = refusal(capsys, data_dir, "--num-samples", "4001")
+    assert "--num-samples was 4000, now 4001: use the same options, or delete this folder" in line
     assert files() == before
 
 
@@ -442,19 +419,6 @@ def test_second_build_in_the_same_folder_is_refused(capsys, data_dir):
     assert f"{data_dir / 'tfrecord'}: another build is " in line
 
 
-def test_folder_on_a_file_system_without_locks_is_built_with_a_warning(
-    capsys, monkeypatch, finished, data_dir
-):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    assert build(data_dir) == 0
-    said = f"{data_dir / 'tfrecord'}: the folder cannot be locked (No locks available): "
-    assert said in capsys.readouterr().err
-    assert contents(data_dir) == contents(finished[0])
-
-
 @pytest.mark.parametrize(
     ("options", "found"),
     [
@@ -488,44 +452,17 @@ def test_folder_with_none_of_the_clips_is_refused(capsys, data_dir):
     assert f"{data_dir / 'mp3' / '0' / 'clip-00-0-1.mp3'}" in line
 
 
-def test_broken_annotations_are_refused(capsys, data_dir):
-    path = data_dir / "annotations_final.csv"
-    write_annotations(path, [["1", *[2] * len(TAGS), "0/clip-00-0-1.mp3"]])
-    assert f"{path}: row 2, column '{TAGS[0]}': found '2'" in refusal(capsys, data_dir)
+BAD_OPTIONS = ("--num-samples 0", "--sample-rate x", "--num-workers 0", "--decoder sox")
+BAD_OPTIONS += ("--num-audios-per-shard -1", "--unknown", "stray", "--stop 0", "--stop -3")
+BAD_OPTIONS += ("--stop nan", "--stop inf", "--stop all")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--num-samples", "0"],
-        ["--sample-rate", "x"],
-        ["--num-workers", "0"],
-        ["--decoder", "sox"],
-        ["--num-audios-per-shard", "-1"],
-        ["--unknown"],
-        ["stray"],
-    ],
-)
+@pytest.mark.parametrize("options", BAD_OPTIONS)
 def test_bad_options_are_usage_errors(capsys, data_dir, options):
-    with pytest.raises(SystemExit) as caught:
-        build_mtt.main(["--data-dir", str(data_dir), *options])
-    assert caught.value.code == 2
-    assert options[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        build_mtt.main(["--data-dir", str(data_dir), *options.split()])
+    assert options.split()[0] in capsys.readouterr().err
     assert not (data_dir / "tfrecord").exists()
-
-
-# --- Help and imports -----------------------------------------------------------------------------
-
-
-def test_help_ends_with_examples():
-    shown = build_mtt.build_parser().format_help()
-    examples = shown.partition("examples:\n")[2].splitlines()
-    assert len(examples) >= 2
-    assert all(line.startswith("  python build_mtt.py --data-dir ") for line in examples)
-    for option in ("--sample-rate HZ", "--num-samples N", "--num-workers N", "--verbose"):
-        assert option in shown
-    num_options = len(re.findall(r"^  --", shown, re.MULTILINE))
-    assert " ".join(shown.split()).count("(default: ") == num_options
 
 
 def test_building_imports_no_deep_learning_library_and_no_cluster():

@@ -9,7 +9,7 @@ from pathlib import Path
 import build_mtt
 
 import pytest
-from builds import SCRIPT, contents, run, shards_in
+from builds import SCRIPT, contents, fill_disk, refusal, run, shards_in
 
 pytest.importorskip("distributed")
 
@@ -197,7 +197,34 @@ def test_missing_scheduler_is_one_line(capsys, data_dir, is_silent):
     assert f"--scheduler {address}: no scheduler answers: Timed out " in line
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:8786", "tcp://127.0.0.1:port", ""])
-def test_invalid_address_is_one_line(data_dir, address):
-    line = refusal_of(run(data_dir, "--scheduler", address))
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8786", ""])
+def test_invalid_address_is_one_line(capsys, data_dir, address):
+    line = refusal(capsys, data_dir, "--scheduler", address)
     assert f"--scheduler {address}: no scheduler answers: " in line
+
+
+# --- Failures to write ----------------------------------------------------------------------------
+
+
+def test_full_disk_of_a_worker_is_one_line_and_the_build_resumes(
+    cluster, data_dir, finished, small_disk
+):
+    filler = fill_disk(small_disk, room=300_000)  # enough for some of the shards
+    (data_dir / "tfrecord").symlink_to(small_disk / "tfrecord")
+    (small_disk / "tfrecord").mkdir()
+    line = refusal_of(run(data_dir, "--scheduler", cluster.address))
+    assert ": No space left on device (" in line
+    assert "free some space and run the same command again to resume" in line
+    filler.unlink()
+    done = run(data_dir, "--scheduler", cluster.address)
+    assert done.returncode == 0, done.stderr
+    assert contents(data_dir) == contents(finished[0])
+
+
+def test_file_that_a_worker_cannot_write_is_named_with_the_worker(cluster, data_dir):
+    # A folder has the name of the shard.
+    blocked = data_dir / "tfrecord" / "train-0002-of-0006.tfrecord"
+    (blocked / "in the way").mkdir(parents=True)
+    line = refusal_of(run(data_dir, "--scheduler", cluster.address))
+    assert f"{blocked} (worker tcp://127.0.0.1:" in line
+    assert line.endswith(f" on {socket.gethostname()}): Is a directory\n")

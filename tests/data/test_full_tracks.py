@@ -3,11 +3,7 @@
 import ast
 import importlib
 import json
-import shutil
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import build_mtt
 from input_data import open_dataset, read_clips
@@ -19,10 +15,17 @@ from toolkit.data.shards import ShardTask, make_shard
 
 import numpy as np
 import pytest
-from conftest import encode_audio, needs_proc, synthesise, write_dataset
+from conftest import (
+    ROOT,
+    encode_audio,
+    needs_proc,
+    run_python,
+    synthesise,
+    wrecked,
+    write_dataset,
+)
 from shards import add_manifest
 
-ROOT = Path(build_mtt.__file__).parent
 SPLITS = ("train", "test")
 
 
@@ -33,10 +36,7 @@ def clips(tmp_path_factory):
     sound = encode_audio(folder / "sound.mp3", synthesise(3)).read_bytes()
     encode_audio(folder / "long.mp3", synthesise(40, seed=1))
     encode_audio(folder / "short.mp3", synthesise(0.3))
-    wreck = bytearray(sound)
-    for start in [at for at in range(len(wreck) - 1) if wreck[at : at + 2] == b"\xff\xf3"]:
-        wreck[start + 4 : start + 40] = b"\xff" * 36
-    (folder / "breaks.mp3").write_bytes(sound * 10 + wreck * 30)
+    (folder / "breaks.mp3").write_bytes(sound * 10 + wrecked(sound) * 30)
     return folder
 
 
@@ -53,7 +53,7 @@ def task_of(path, audio_dir, names, split, **options):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("part_samples", [1, 4000, 30_000, 1 << 23])
+@pytest.mark.parametrize("part_samples", [1, 30_000])
 def test_segments_are_those_of_the_whole_file(tmp_path, clips, monkeypatch, split, part_samples):
     monkeypatch.setattr(audio, "PART_SAMPLES", part_samples)
     monkeypatch.setattr(audio, "_GATHERED_SAMPLES", 10_000)
@@ -101,7 +101,7 @@ def test_clip_whose_later_part_is_damaged_is_removed_completely(
     assert "samples are less than one segment of 4000" in skipped[1]["reason"]
 
 
-@pytest.mark.parametrize("hop", [None, 1500, 9000])
+@pytest.mark.parametrize("hop", [None, 1500])
 def test_tags_of_a_file_in_parts_are_those_of_the_whole_file(clips, monkeypatch, hop):
     checkpoint, refused = Levels(), []
     files = [clips / name for name in ("long.mp3", "breaks.mp3", "sound.mp3", "breaks.mp3")]
@@ -186,15 +186,6 @@ def build(data_dir, *options):
     return build_mtt.main(["--data-dir", str(data_dir), *quick, *options])
 
 
-def contents(data_dir):
-    return {path.name: path.read_bytes() for path in (data_dir / "tfrecord").glob("*.tfrecord")}
-
-
-@pytest.fixture
-def data_dir(source, tmp_path):
-    return Path(shutil.copytree(source, tmp_path / "dataset"))
-
-
 def test_stop_is_29_s_by_default(data_dir, capsys):
     assert build(data_dir) == 0
     manifest_path = data_dir / "tfrecord" / "manifest.json"
@@ -206,22 +197,19 @@ def test_stop_is_29_s_by_default(data_dir, capsys):
         for clip in read_clips(split.shards)
     }
     assert max(lengths) == 58
-    expected = contents(data_dir)
+    expected = manifest_path.read_bytes()
 
     # A build of an earlier version, which did not record the option, can be resumed.
     del manifest["options"]["stop"]
     manifest_path.write_text(json.dumps(manifest))
-    (data_dir / "tfrecord" / "train-0000-of-0001.tfrecord").unlink()
     assert build(data_dir, "--stop", "29") == 0
-    assert contents(data_dir) == expected
-    assert read_manifest(manifest_path)["options"]["stop"] == 29
+    assert manifest_path.read_bytes() == expected
     capsys.readouterr()
     assert build(data_dir, "--stop", "none") == 1
     assert "--stop was 29, now none: use the same options" in capsys.readouterr().err
-    assert contents(data_dir) == expected
 
 
-@pytest.mark.parametrize("stop", ["none", "2.25", "31.5"])
+@pytest.mark.parametrize("stop", ["none", "2.25"])
 def test_audio_is_cut_at_stop(data_dir, capsys, stop):
     assert build(data_dir, "--stop", stop) == 0
     dataset = open_dataset(data_dir)
@@ -235,11 +223,7 @@ def test_audio_is_cut_at_stop(data_dir, capsys, stop):
             lengths.add(len(clip.segments))
             samples = decode(data_dir / "mp3" / clip.mp3_path, 8000, stop=seconds)
             np.testing.assert_array_equal(clip.segments, cut_segments(samples, 4000))
-    assert max(lengths) == {"none": 64, "2.25": 4, "31.5": 63}[stop]
-    assert read_manifest(data_dir / "tfrecord" / "manifest.json")["options"]["stop"] == seconds
-    capsys.readouterr()
-    assert build(data_dir) == 1
-    assert f"--stop was {stop}, now 29" in capsys.readouterr().err
+    assert max(lengths) == {"none": 64, "2.25": 4}[stop]
 
 
 def test_stop_that_leaves_no_segment_is_refused(data_dir, capsys):
@@ -247,14 +231,6 @@ def test_stop_that_leaves_no_segment_is_refused(data_dir, capsys):
     said = capsys.readouterr().err
     assert "--stop 0.4: shorter than one segment of 4000 samples, 0.5 s at 8000 Hz" in said
     assert not (data_dir / "tfrecord").exists()
-
-
-@pytest.mark.parametrize("stop", ["0", "-3", "all", "nan", "inf", ""])
-def test_stop_is_a_number_of_seconds_or_none(data_dir, capsys, stop):
-    with pytest.raises(SystemExit) as caught:
-        build(data_dir, "--stop", stop)
-    assert caught.value.code == 2
-    assert "is not a number of seconds above 0, or none" in capsys.readouterr().err
 
 
 # --- Every stage ----------------------------------------------------------------------------------
@@ -313,16 +289,13 @@ def test_whole_tracks_go_through_every_stage(tmp_path, capsys):
 
 _MEASURED = """
     import sys
-    sys.path.insert(0, sys.argv[1])
     from pathlib import Path
-    import numpy as np
     from toolkit import tagging
     from toolkit.data.shards import ShardTask, make_shard
-    from toolkit.errors import AudioError
     from toolkit.prediction import predict_clips
     from input_data import open_dataset, read_clips
 
-    what, path, split, shard = sys.argv[2], Path(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
+    what, path, split, shard = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
 
     class Network:
         input_shape = (None, 59049)
@@ -336,8 +309,7 @@ _MEASURED = """
             return batch[:, :50].copy()
 
     def held():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) >> 10
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
 
     if what == "build":
         before = held()
@@ -361,12 +333,7 @@ _MEASURED = """
 
 def measure(what, path, split="none", shard="none"):
     """Return the number of segments that a process handled, and the MiB of memory it added."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_MEASURED), ROOT, what, path, split, shard],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-c", textwrap.dedent(_MEASURED), what, path, split, shard)
     assert done.returncode == 0, done.stderr
     return tuple(map(int, done.stdout.split()))
 

@@ -75,13 +75,11 @@ def test_mixed_set_is_refused(tmp_path, name, found):
     assert found in refusal(data_dir)
 
 
-@pytest.mark.parametrize("pattern", ["val-0000-of-0001.tfrecord", "train-*"])
-def test_missing_shard_of_the_manifest_is_refused(tmp_path, tiny_dataset, pattern):
+def test_missing_shards_of_the_manifest_are_refused(tmp_path, tiny_dataset):
     shutil.copytree(tiny_dataset / "tfrecord", tmp_path / "tfrecord")
-    missing = sorted((tmp_path / "tfrecord").glob(pattern))
-    for path in missing:
+    for path in (tmp_path / "tfrecord").glob("train-*"):
         path.unlink()
-    assert f"{missing[0].name} is missing" in refusal(tmp_path)
+    assert "train-0000-of-0003.tfrecord is missing" in refusal(tmp_path)
 
 
 def test_shard_that_is_not_in_the_manifest_is_refused(tmp_path, tiny_dataset):
@@ -90,5 +88,4 @@ def test_shard_that_is_not_in_the_manifest_is_refused(tmp_path, tiny_dataset):
     manifest = json.loads(path.read_text())
     manifest["splits"]["val"]["shards"] = []
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ShardError, match=r"val-0000-of-0001\.tfrecord is not in manifest\.json"):
-        open_dataset(tmp_path)
+    assert "val-0000-of-0001.tfrecord is not in manifest.json" in refusal(tmp_path)

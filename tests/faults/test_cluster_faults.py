@@ -1,14 +1,15 @@
-"""Failures of workers, scheduler or disk in a cluster: one error line, and a build that resumes."""
+"""Failures of workers or scheduler in a cluster: one error line, and a build that resumes."""
 
 import signal
-import socket
 
 import pytest
-from builds import build, contents, fill_disk, run, shards_in
+from builds import build, contents, run, shards_in
 
 pytest.importorskip("distributed")
 
-from clusters import SLOW, line_of, refusal_of, start_cluster, started, wait_until, written_by
+from clusters import SLOW, line_of, start_cluster, started, wait_until, written_by
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -18,7 +19,6 @@ def cluster(tmp_path):
         yield cluster
 
 
-@pytest.mark.slow
 def test_killed_worker_does_not_change_the_shards(cluster, data_dir, finished):
     workers = [cluster.add_worker(SLOW.format(seconds=0.3)) for _ in range(3)]
     with started(data_dir, cluster) as process:
@@ -32,7 +32,6 @@ def test_killed_worker_does_not_change_the_shards(cluster, data_dir, finished):
     assert err.splitlines()[-1].endswith("3 clips skipped")
 
 
-@pytest.mark.slow
 def test_workers_may_join_late_and_leave(cluster, data_dir, finished):
     with started(data_dir, cluster) as process:
         line = f"{cluster.address}: no workers: waiting for workers to join\n"
@@ -47,7 +46,6 @@ def test_workers_may_join_late_and_leave(cluster, data_dir, finished):
     assert contents(data_dir) == contents(finished[0])
 
 
-@pytest.mark.slow
 def test_stopped_worker_that_continues_later_changes_nothing(cluster, data_dir, finished):
     stopped = cluster.add_worker(SLOW.format(seconds=0.3))
     with started(data_dir, cluster) as process:
@@ -64,7 +62,6 @@ def test_stopped_worker_that_continues_later_changes_nothing(cluster, data_dir, 
     assert contents(data_dir) == contents(finished[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_build_resumes(cluster, data_dir, finished, number):
     cluster.add_worker(SLOW.format(seconds=0.3))
@@ -82,7 +79,6 @@ def test_stopped_build_resumes(cluster, data_dir, finished, number):
     assert contents(data_dir) == contents(finished[0])
 
 
-@pytest.mark.slow
 def test_build_that_lost_its_scheduler_resumes_locally(cluster, data_dir, finished):
     cluster.add_worker(SLOW.format(seconds=0.3))
     with started(data_dir, cluster) as process:
@@ -97,7 +93,6 @@ def test_build_that_lost_its_scheduler_resumes_locally(cluster, data_dir, finish
     assert contents(data_dir) == contents(finished[0])
 
 
-@pytest.mark.slow
 def test_shard_that_kills_its_workers_ends_the_build(cluster, data_dir):
     with started(data_dir, cluster, "--num-audios-per-shard", "24") as process:
         while process.poll() is None:
@@ -108,29 +103,3 @@ def test_shard_that_kills_its_workers_ends_the_build(cluster, data_dir):
     line = line_of(err)
     assert "error: 4 workers died one after another with the same shard, the last was tcp" in line
     assert "(0 of 3 shards are complete), possibly out of memory: run the same" in line
-
-
-def test_full_disk_of_a_worker_is_one_line_and_the_build_resumes(
-    cluster, data_dir, finished, small_disk
-):
-    cluster.add_worker()
-    filler = fill_disk(small_disk, room=300_000)  # enough for some of the shards
-    (data_dir / "tfrecord").symlink_to(small_disk / "tfrecord")
-    (small_disk / "tfrecord").mkdir()
-    line = refusal_of(run(data_dir, "--scheduler", cluster.address))
-    assert ": No space left on device (" in line
-    assert "free some space and run the same command again to resume" in line
-    filler.unlink()
-    done = run(data_dir, "--scheduler", cluster.address)
-    assert done.returncode == 0, done.stderr
-    assert contents(data_dir) == contents(finished[0])
-
-
-def test_file_that_a_worker_cannot_write_is_named_with_the_worker(cluster, data_dir):
-    cluster.add_worker()
-    # A folder has the name of the shard.
-    blocked = data_dir / "tfrecord" / "train-0002-of-0006.tfrecord"
-    (blocked / "in the way").mkdir(parents=True)
-    line = refusal_of(run(data_dir, "--scheduler", cluster.address))
-    assert f"{blocked} (worker tcp://127.0.0.1:" in line
-    assert line.endswith(f" on {socket.gethostname()}): Is a directory\n")
