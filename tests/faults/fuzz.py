@@ -1,15 +1,10 @@
-"""Read many damaged model files or shards and count the outcomes.
-
-python tests/faults/fuzz.py checkpoints --count 2000
-python tests/faults/fuzz.py shards --count 500 --seed 1
+"""Read many damaged model files or shards in child processes, and count the outcomes.
 
 A mutant is a damaged copy of a valid file; it depends only on its number and the seed. Reading a
 mutant must return a result or raise a `ToolkitError`, within the limits below. A mutant that kills
-the reading process is recorded, and a new process continues with the next one. A summary is
-printed as JSON.
+the reading process is recorded, and a new process continues with the next one.
 """
 
-import argparse
 import gc
 import io
 import json
@@ -23,12 +18,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = TESTS / "golden"
 MAX_SECONDS = 20  # per mutant, also on a busy machine
 MUTANTS_PER_PROCESS = 250  # Keras does not free all memory of a network
 MAX_BYTES = 1 << 30  # memory that reading may add to that of the loaded libraries
@@ -187,30 +182,13 @@ def checkpoint_cases(folder: Path):
 def shard_cases(folder: Path):
     """Return the original shards and the manifest, and a function that mutates and reads one."""
     from input_data import SegmentReader, open_dataset, read_clips
-    from toolkit.data.records import index_records
+
+    from shards import add_manifest
 
     originals = [*sorted((GOLDEN / "tfrecord").glob("*.tfrecord")), Path("manifest.json")]
-    names = [path.name for path in originals[:-1]]
-    for name in names:
-        (folder / name).mkdir()
-    described = open_dataset(GOLDEN)
-    shards = {"train": [], "val": [], "test": []}
-    for path in originals[:-1]:
-        num_records = len(index_records(path))
-        shards[path.name.split("-")[0]].append(
-            {"name": path.name, "clips": 1, "segments": num_records, "bytes": path.stat().st_size}
-        )
-    manifest = {
-        "format": 1,
-        "tags": list(described.tags),
-        "sample_rate": 22050,
-        "num_samples": 59049,
-        "splits": {
-            split: {"clips": len(found), "segments": 10 * len(found), "shards": found}
-            for split, found in shards.items()
-        },
-        "skipped": [],
-    }
+    shutil.copytree(GOLDEN / "tfrecord", folder / "tfrecord")
+    add_manifest(folder, num_samples=59049)
+    manifest = (folder / "tfrecord" / "manifest.json").read_bytes()
 
     def read(original: Path, draw: random.Random) -> None:
         data_dir = folder / "dataset"
@@ -218,8 +196,7 @@ def shard_cases(folder: Path):
         shutil.copytree(GOLDEN / "tfrecord", data_dir / "tfrecord")
         if original.name == "manifest.json":
             mutate = mutate_json if draw.random() < 0.8 else mutate_bytes
-            content = mutate(json.dumps(manifest).encode(), draw)
-            (data_dir / "tfrecord" / original.name).write_bytes(content)
+            (data_dir / "tfrecord" / original.name).write_bytes(mutate(manifest, draw))
         else:
             path = data_dir / "tfrecord" / original.name
             path.write_bytes(mutate_shard(original.read_bytes(), draw))
@@ -256,22 +233,18 @@ def read_mutants(what: str, numbers: range, seed: int) -> None:
             print(json.dumps({"number": number, "of": original.name}), flush=True)
             signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
             started = time.monotonic()
-            outcome = {"outcome": "result"}
+            outcome, message = "result", ""
             try:
                 read(original, random.Random(f"{seed}/{number}"))
             except ToolkitError as error:
-                outcome = {"outcome": "refused"}
-                if not str(error) or "\n" in str(error):
-                    outcome = {"outcome": "failed", "message": f"not one line: {error!r}"[:500]}
+                is_line = str(error) and "\n" not in str(error)
+                outcome, message = "refused" if is_line else "failed", repr(error)[:500]
             except Exception as error:
-                message = f"{type(error).__name__}: {error}"[:500]
-                outcome = {"outcome": "failed", "message": message}
+                outcome, message = "failed", repr(error)[:500]
             signal.setitimer(signal.ITIMER_REAL, 0)
-            outcome["seconds"] = time.monotonic() - started
-            outcome["bytes"] = max(0, _memory("VmHWM") - resident)
-            if outcome["bytes"] > MAX_BYTES:
-                outcome |= {"outcome": "failed", "message": f"needed {outcome['bytes']} bytes"}
-            print(json.dumps(outcome), flush=True)
+            seconds, num_bytes = time.monotonic() - started, _memory("VmHWM") - resident
+            report = {"outcome": outcome, "message": message, "seconds": seconds}
+            print(json.dumps(report | {"bytes": num_bytes}), flush=True)
 
 
 def _memory(name: str) -> int:
@@ -282,79 +255,32 @@ def _memory(name: str) -> int:
     raise KeyError(name)
 
 
-def fuzz(what: str, count: int, seed: int) -> dict:
-    """Read mutants in child processes and summarise the outcomes.
+def fuzz(what: str, count: int, seed: int) -> list[dict]:
+    """Read mutants of 'checkpoints' or 'shards' in child processes; return a report of each.
 
-    Parameters
-    ----------
-    what : {'checkpoints', 'shards'}
-        Files to mutate.
-    count : int
-        Number of mutants.
-    seed : int
-        Seed of all mutations.
-
-    Returns
-    -------
-    dict
-        Numbers of mutants that were ``tried`` and ended in ``result``, ``refused`` or ``failed``;
-        the ``failures``, each with its number and message; the largest ``seconds`` and ``bytes``
-        of one mutant.
+    A report contains ``number``, ``of`` (the original file), ``outcome`` (result, refused or
+    failed), ``message``, and the ``seconds`` and ``bytes`` of memory that reading needed.
     """
-    outcomes = Counter()
-    failures, seconds, num_bytes = [], 0.0, 0
-    number = 0
-    while number < count:
-        command = [sys.executable, __file__, what, "--seed", str(seed)]
-        command += ["--count", str(count), "--read-from", str(number)]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    reports = []
+    while len(reports) < count:
+        first = len(reports)
+        numbers = (first, min(first + MUTANTS_PER_PROCESS, count), seed)
+        done = subprocess.run(
+            [sys.executable, __file__, what, *map(str, numbers)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"},
+            capture_output=True,
+            text=True,
         )
-        begun = None
-        for line in process.stdout:
-            report = json.loads(line)
-            if "number" in report:
-                begun = report
-                continue
-            outcomes[report["outcome"]] += 1
-            number = begun["number"] + 1
-            seconds, num_bytes = max(seconds, report["seconds"]), max(num_bytes, report["bytes"])
-            if report["outcome"] == "failed":
-                failures.append(begun | {"message": report["message"]})
-            begun = None
-        stderr = process.stderr.read()
-        status = process.wait()
-        if begun is None and status == 0:
-            continue
-        if begun is None:
-            raise RuntimeError(f"the reading process ended with {status}: {stderr[-2000:]}")
-        cause = signal.Signals(-status).name if status < 0 else f"status {status}"
-        failures.append(begun | {"message": f"killed the process: {cause}"})
-        outcomes["failed"] += 1
-        number = begun["number"] + 1
-    counts = {outcome: outcomes[outcome] for outcome in ("result", "refused", "failed")}
-    summary = {"what": what, "seed": seed, "tried": outcomes.total(), **counts}
-    return summary | {"failures": failures, "seconds": round(seconds, 2), "bytes": num_bytes}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=CASES, help="files to damage")
-    parser.add_argument(
-        "--count", metavar="N", type=int, default=100, help="number of damaged files (default: 100)"
-    )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed (default: 0)")
-    parser.add_argument("--read-from", metavar="N", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.read_from is not None:
-        end = min(arguments.read_from + MUTANTS_PER_PROCESS, arguments.count)
-        read_mutants(arguments.what, range(arguments.read_from, end), arguments.seed)
-        return 0
-    summary = fuzz(arguments.what, arguments.count, arguments.seed)
-    print(json.dumps(summary, indent=1))
-    return 1 if summary["failed"] else 0
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        if len(lines) % 2:  # the last mutant has begun and not ended
+            message = f"killed the process: status {done.returncode}"
+            lines.append({"outcome": "failed", "message": message, "seconds": 0, "bytes": 0})
+        elif done.returncode:
+            raise RuntimeError(f"the process ended with {done.returncode}: {done.stderr[-2000:]}")
+        reports += [begun | end for begun, end in zip(lines[::2], lines[1::2], strict=True)]
+    return reports
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    what, first, last, seed = sys.argv[1], *map(int, sys.argv[2:])
+    read_mutants(what, range(first, last), seed)
