@@ -3,11 +3,9 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 import textwrap
 import zipfile
-from pathlib import Path
 
 from model import build_network
 from toolkit.blocks import BLOCKS
@@ -18,7 +16,7 @@ from toolkit.models.config import NetworkConfig
 import keras
 import numpy as np
 import pytest
-from conftest import needs_proc
+from conftest import needs_proc, run_python
 from model_files import (
     TAGS,
     OpensFile,
@@ -30,8 +28,6 @@ from model_files import (
     shared_checkpoint,
     small_checkpoint,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -109,20 +105,10 @@ def test_missing_file_and_empty_folder_are_refused(tmp_path):
     assert_refused(tmp_path, "no checkpoint in this folder")
 
 
-@pytest.mark.parametrize("name", ["model.keras", "model.hdf5", "model.h5"])
-@pytest.mark.parametrize("content", [b"", b"epoch,loss\n1,0.2\n", bytes(range(256)) * 40])
-def test_files_of_other_formats_are_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    assert_refused(tmp_path / name)
-
-
-def test_archives_of_other_programs_are_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "other.keras", "w") as archive:
-        archive.writestr("readme.txt", "hello")
+def test_networks_of_other_programs_are_refused(tmp_path):
     segments = keras.Input((4,))
     keras.Model(segments, keras.layers.Dense(3)(segments)).save(tmp_path / "dense.keras")
-    for name in ("other.keras", "dense.keras"):
-        assert_refused(tmp_path / name, "contains no network.json", "written by train.py")
+    assert_refused(tmp_path / "dense.keras", "contains no network.json", "written by train.py")
 
 
 def change_description(path, **fields):
@@ -139,7 +125,6 @@ def change_description(path, **fields):
         ("format", 2, "format is 2: expected 1"),
         ("tags", ["only one"], "tags is ['only one']: expected a list of 5 different names"),
         ("tags", [1, 2, 3, 4, 5], "expected a list of 5 different names"),
-        ("tags", "abcde", "expected a list of 5 different names"),
         ("tags", ["a", "b", "c", "d", "a"], "expected a list of 5 different names"),
         ("sample_rate", float("inf"), "sample_rate is inf: expected an integer"),
         ("training", 3, "training is 3: expected an object"),
@@ -157,17 +142,13 @@ def test_invalid_descriptions_are_refused(path, field, value, part):
         ("layers", 3, "'layers': expected one of block, multi"),
         ("block", "dense", f"block must be one of {', '.join(BLOCKS)}. Received: 'dense'"),
         ("init_features", 2.5, "init_features must be an integer from 1"),
-        ("init_features", "128", "Received: '128'"),
         ("init_features", -1, "Received: -1"),
-        ("alpha", float("inf"), "Received: inf"),
         ("alpha", float("nan"), "Received: nan"),
         ("dropout", 2, "dropout must be a number from 0 to 0.999"),
         ("weight_decay", "all", "Received: 'all'"),
         ("num_samples", 10**30, "num_samples must be an integer from 59049"),
         ("multi", "no", "multi must be one of True, False"),
-        ("multi", False, "shape"),
         ("block", "basic", "shape"),
-        ("block", "rese", ""),
     ],
 )
 def test_invalid_hyper_parameters_are_refused(path, field, value, part):
@@ -186,29 +167,22 @@ def test_missing_weights_are_refused(path):
     assert_refused(path, "contains no model.weights.h5")
 
 
-def test_missing_array_is_refused(path):
-    def delete(file):
-        del file["layers/batch_normalization_4/vars/2"]
+@pytest.mark.parametrize(
+    ("place", "values", "parts"),
+    [
+        ("batch_normalization_4/vars/2", None, ["no array", "batch_normalization_4/vars/2"]),
+        ("conv1d/vars/0", np.zeros((6, 1, 3), "f"), ["conv0", "(6, 1, 3)", "expected (3, 1, 3)"]),
+        ("dense/vars/1", np.float32([np.inf] * 6), ["block0_se_fc", "contains NaN or infinity"]),
+    ],
+)
+def test_missing_and_invalid_arrays_are_refused(path, place, values, parts):
+    def replace(file):
+        del file[f"layers/{place}"]
+        if values is not None:
+            file[f"layers/{place}"] = values
 
-    edit_weights(path, delete)
-    assert_refused(path, "no array", "layers/batch_normalization_4/vars/2")
-
-
-def test_other_kernel_shape_is_refused(path):
-    def widen(file):
-        del file["layers/conv1d/vars/0"]
-        file["layers/conv1d/vars/0"] = np.zeros((6, 1, 3), np.float32)
-
-    edit_weights(path, widen)
-    assert_refused(path, "conv0", "(6, 1, 3)", "expected (3, 1, 3)")
-
-
-def test_infinity_is_refused(path):
-    def spoil(file):
-        file["layers/dense/vars/1"][0] = np.inf
-
-    edit_weights(path, spoil)
-    assert_refused(path, "block0_se_fc", "contains NaN or infinity")
+    edit_weights(path, replace)
+    assert_refused(path, *parts)
 
 
 @pytest.mark.parametrize("member", ["model.weights.h5", "network.json"])
@@ -264,11 +238,9 @@ def test_code_in_a_file_is_not_run(path, tmp_path, monkeypatch):
 
 
 _FULL_SIZE = """
-    import sys, time
-    sys.path.insert(0, sys.argv[1])
-    import keras
+    import sys
     from toolkit.models.checkpoints import load
-    count = load(sys.argv[2]).network.count_params()
+    count = load(sys.argv[1]).network.count_params()
     # The peak of getrusage may be that of the parent process.
     status = open("/proc/self/status").read()
     print(count, int(status.split("VmHWM:")[1].split()[0]) * 1024)
@@ -281,13 +253,7 @@ def test_full_size_network_loads_in_bounded_memory(tmp_path):
     config = NetworkConfig(block="se")
     path = tmp_path / "se.keras"
     save(path, Checkpoint(build_network(config), config, MTT_TOP_TAGS))
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(_FULL_SIZE), str(ROOT), str(path)],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-c", textwrap.dedent(_FULL_SIZE), path)
     assert done.returncode == 0, done.stderr
     count, memory = map(int, done.stdout.split())
     assert count == 24_749_618

@@ -110,21 +110,14 @@ NO_NUMBERS = [strings, strings_of_variable_length, complex_numbers, empty, named
 
 
 @pytest.mark.parametrize("attack", STORED_ELSEWHERE + STORED_ODDLY + CYCLES + NO_NUMBERS)
-def test_unusual_objects_are_refused(old_file, tmp_path, attack):
+def test_unusual_objects_are_refused_and_other_files_are_not_opened(old_file, tmp_path, attack):
     with h5py.File(old_file, "r+") as file:
         del file[KERNEL]
         part = attack(file, tmp_path)
-    assert_refused(old_file, part)
-
-
-@pytest.mark.parametrize("attack", STORED_ELSEWHERE)
-def test_other_files_are_not_opened(old_file, tmp_path, attack):
-    with h5py.File(old_file, "r+") as file:
-        del file[KERNEL]
-        attack(file, tmp_path)
-    with opened(tmp_path / "other.h5") as was_opened:
-        assert_refused(old_file)
-        assert not was_opened()
+    other = tmp_path / "other.h5"
+    with opened(other if attack in STORED_ELSEWHERE else old_file) as was_opened:
+        assert_refused(old_file, part)
+        assert was_opened() == (attack not in STORED_ELSEWHERE)
 
 
 def test_weights_of_keras_files_are_checked_too(tmp_path):
@@ -134,16 +127,10 @@ def test_weights_of_keras_files_are_checked_too(tmp_path):
     assert_refused(path, "links are not allowed")
 
 
-@pytest.mark.parametrize("magic", [b"PK\x03\x04", b"\x89HDF\r\n\x1a\n"], ids=["zip", "hdf5"])
-def test_random_bytes_are_refused(tmp_path, magic):
-    path = tmp_path / "model"
-    path.write_bytes(magic + np.random.default_rng(0).bytes(5000))
-    assert_refused(path, "damaged")
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.95])
-def test_truncated_files_are_refused(old_file, tmp_path, share):
+def test_truncated_files_are_refused(old_file, tmp_path):
+    path = tmp_path / "truncated"
     for content in (old_file.read_bytes(), keras_content()):
-        path = tmp_path / "truncated"
-        path.write_bytes(content[: int(len(content) * share)])
+        path.write_bytes(content[: len(content) // 2])
         assert_refused(path)
+    path.write_bytes(b"\x89HDF\r\n\x1a\n" + np.random.default_rng(0).bytes(5000))
+    assert_refused(path, "damaged")

@@ -1,10 +1,8 @@
 """Published checkpoints: networks are recognised and compute the published outputs."""
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from conftest import run_python
 from model_files import (
     GOLDEN_NAMES,
     OpensFile,
@@ -25,8 +24,6 @@ from model_files import (
     published_segments,
     small_checkpoint,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -42,7 +39,13 @@ def replace_array(layer, name, values):
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_published_networks_compute_the_published_outputs(golden, name):
     expected = np.load(golden / "expected.npz")
-    network = published_checkpoint(name).network
+    checkpoint = published_checkpoint(name)
+    config, network = checkpoint.config, checkpoint.network
+    block, multi = name.split("-")[:2]
+    assert (config.block, config.multi) == (block, multi == "multi")
+    assert (config.init_features, config.num_tags, config.num_samples) == (4, 50, 59049)
+    assert config.alpha == (2 if "se" in name else 16)
+    assert (checkpoint.tags, checkpoint.sample_rate) == (None, 22050)
 
     def assert_equal(found, key):
         found = keras.ops.convert_to_numpy(found)
@@ -60,29 +63,9 @@ def test_published_networks_compute_the_published_outputs(golden, name):
 def test_published_networks_compute_the_published_outputs_on_other_backends(backend):
     pytest.importorskip(backend)
     test = f"{__file__}::test_published_networks_compute_the_published_outputs"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
-        env=os.environ | {"KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", test, KERAS_BACKEND=backend)
     assert done.returncode == 0, done.stdout
     assert f"{len(GOLDEN_NAMES)} passed" in done.stdout
-
-
-@pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_hyper_parameters_are_inferred(name):
-    block, multi = name.split("-")[:2]
-    checkpoint = published_checkpoint(name)
-    config = checkpoint.config
-    assert (config.block, config.multi) == (block, multi == "multi")
-    assert (config.init_features, config.num_tags, config.num_samples) == (4, 50, 59049)
-    if config.has_excitations:
-        assert config.alpha == 2
-    assert checkpoint.tags is None
-    assert checkpoint.sample_rate == 22050
 
 
 def test_weights_only_file_is_read(golden, tmp_path):
@@ -174,13 +157,6 @@ def test_missing_array_is_refused(old_file):
     assert_refused(old_file, "conv1d_3", "kernel (3, 4, 4)", "expected a one-dimensional conv")
 
 
-def test_other_kernel_shape_is_refused(old_file):
-    with h5py.File(old_file, "r+") as file:
-        layer = file["model_weights/conv1d_3/conv1d_3"]
-        replace_array(layer, "kernel:0", np.zeros((6, 4, 4), np.float32))
-    assert_refused(old_file, "conv1d_3", "(6, 4, 4)", "expected (3, 4, 4)")
-
-
 def test_unknown_layer_name_is_refused(old_file):
     with h5py.File(old_file, "r+") as file:
         file["model_weights"].move("conv1d_3", "my_conv")
@@ -191,12 +167,6 @@ def test_two_layers_of_one_number_are_refused(old_file):
     with h5py.File(old_file, "r+") as file:
         file["model_weights"].move("batch_normalization_4", "batch_normalization_v1_5")
     assert_refused(old_file, "batch_normalization_5", "batch_normalization_v1_5", "have one number")
-
-
-def test_nan_is_refused(old_file):
-    with h5py.File(old_file, "r+") as file:
-        file["model_weights/dense_3/dense_3/bias:0"][0] = np.nan
-    assert_refused(old_file, "dense_3", "contains NaN or infinity")
 
 
 def test_small_file_that_declares_a_large_network_is_refused(old_file):

@@ -185,13 +185,6 @@ def test_published_initializer_has_the_limits_of_published_weights(golden, block
     assert shares.mean() == pytest.approx(0.5, abs=4 * 12**-0.5 / shares.size**0.5)
 
 
-@pytest.mark.parametrize("kernel", [(3, 128, 256), (1, 128, 256), (3, 1, 128)])
-def test_kernel_limits(kernel):
-    for name in ("published", "he"):
-        limit = kernel_limit(name, kernel)
-        assert limit == pytest.approx(uniform_limit(kernel, name == "published"))
-
-
 @pytest.mark.parametrize("frames", [3, 4, 5, 27])
 def test_pool_relu_is_max_pooling_and_relu(frames):
     import keras
@@ -203,15 +196,6 @@ def test_pool_relu_is_max_pooling_and_relu(frames):
     result = keras.ops.convert_to_numpy(ours(x))
     assert result.shape == (5, frames // 3, 4)
     np.testing.assert_array_equal(result, keras.Model(segments, pooled)(x))
-
-
-@pytest.mark.parametrize(("block", "num_samples"), [("se", 65_536), ("res", 3 * 59_049)])
-def test_longer_segments(block, num_samples):
-    network = build_network(small(block, num_samples=num_samples))
-    x = np.random.default_rng(0).standard_normal((2, num_samples)).astype(np.float32)
-    result = np.asarray(network(x))
-    assert result.shape == (2, 5)
-    assert np.isfinite(result).all()
 
 
 @pytest.mark.parametrize(
@@ -256,9 +240,3 @@ def test_excitations_come_in_the_order_of_blocks():
     outputs = [np.asarray(output) for output in excitations(np.zeros((3, 59049), np.float32))]
     assert [output.shape for output in outputs] == [(3, 2)] * 2 + [(3, 4)] * 6 + [(3, 8)]
     assert all(((output > 0) & (output < 1)).all() for output in outputs)
-
-
-@pytest.mark.parametrize("block", ["res", "basic"])
-def test_blocks_without_excitations_are_refused(block):
-    with pytest.raises(UsageError, match=f"{block} blocks has no excitations.*se or rese"):
-        build_excitations(build_network(small(block)))
