@@ -7,9 +7,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from conftest import ROOT
+
 TRAIN = "import sys, train; sys.exit(train.main(sys.argv[1:]))"
 # Without LLVM's expensive passes, XLA compiles faster, and the networks compute the same.
 XLA_FLAGS = "--xla_llvm_disable_expensive_passes=true"
@@ -19,10 +19,8 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),
 }
 # With a higher learning rate, rounding differences grow tenfold from step to step.
-OPTIONS = (
-    "--block", "basic", "--init-features", "2", "--batch-size", "4", "--lr", "0.001",
-    "--weight-decay", "0.001", "--num-lr-decays", "1", "--max-epochs", "2",
-)  # fmt: skip
+OPTIONS = ("--block", "basic", "--init-features", "2", "--batch-size", "4", "--lr", "0.001")
+OPTIONS += ("--weight-decay", "0.001", "--num-lr-decays", "1", "--max-epochs", "2")
 LONG = ("--max-epochs", "500", "--patience", "500")
 
 

@@ -5,6 +5,7 @@ import time
 
 import build_mtt
 import train
+from toolkit.training import hosts
 
 import pytest
 from conftest import write_dataset
@@ -164,24 +165,12 @@ def test_a_bug_in_one_process_ends_the_others(tiny_dataset, tmp_path):
     assert "another host was lost" in said[0]
 
 
-def test_each_process_takes_all_devices_of_its_host_under_slurm(tiny_dataset, tmp_path):
-    pytest.importorskip("jax")
-    program = """
-        import sys
-        import jax, train
-        def initialize(*_, **options):
-            sys.exit(options["cluster_detection_method"])
-        jax.distributed.initialize = initialize
-        train.main(sys.argv[1:])
-    """
-    slurm = {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "node[1-2]",
-        "SLURM_NTASKS": "2",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-    }
-    job = start_job(*[(tiny_dataset, tmp_path)] * 2, program=program, **slurm)
-    for training in job:
-        # By default, JAX would use one device per process.
-        assert training.communicate(timeout=120)[1].splitlines()[-1] == "deactivate"
+def test_each_process_takes_all_devices_of_its_host_under_slurm(monkeypatch):
+    jax = pytest.importorskip("jax")
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.update(options))
+    monkeypatch.setenv(hosts.ADDRESSES, "node1:9331")
+    with hosts.connected(2, 0, lambda: None):
+        pass
+    # By default, JAX would use one device per process.
+    assert given["cluster_detection_method"] == "deactivate"

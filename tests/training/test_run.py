@@ -5,9 +5,9 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-import build_mtt
 import toolkit
 import train
+from input_data import open_dataset, read_clips
 from toolkit.models import checkpoints
 from toolkit.models.checkpoints import find_best
 from toolkit.models.config import NetworkConfig
@@ -17,24 +17,11 @@ from toolkit.training.run import CHANGES
 
 import numpy as np
 import pytest
-from conftest import write_dataset
-from training_runs import (
-    ONE_EPOCH,
-    TWO_STAGES,
-    arguments,
-    edit_state,
-    history_of,
-    names_in,
-)
+from conftest import ROOT
+from shards import write_shard
+from training_runs import ONE_EPOCH, TWO_STAGES, arguments, edit_state, history_of, names_in
 
-ROOT = Path(__file__).resolve().parents[2]
 THREE_EPOCHS = ("--num-lr-decays", 2, "--max-epochs", 3, "--lr", 0.05, "--seed", 3)
-
-
-@pytest.fixture
-def log(trained, tmp_path):
-    """Copy `trained` for a test that changes the folder."""
-    return Path(shutil.copytree(trained, tmp_path / "log"))
 
 
 def record_of(log):
@@ -83,10 +70,11 @@ def test_another_dataset_is_refused_and_a_moved_one_is_not(tiny_dataset, log, tm
     manifest["versions"] = {"av": "1.0"}
     path.write_text(json.dumps(manifest))
     assert train.main(arguments(moved, log, *TWO_STAGES)) == 0
-    other = write_dataset(tmp_path / "other")
-    for audio in (other / "mp3" / "0").iterdir():  # the same table and lengths, another sound
-        shutil.copy(other / "mp3" / "4" / "clip-04-0-4.mp3", audio)
-    build_mtt.build(other, num_audios_per_shard=4, num_workers=1)
+    other = Path(shutil.copytree(moved, tmp_path / "other"))
+    shard = open_dataset(other).splits["train"].shards[0]
+    clips = list(read_clips([shard]))
+    clips[0].segments = -clips[0].segments  # the same table and lengths, another sound
+    write_shard(shard, clips)
     capsys.readouterr()
     assert train.main(arguments(other, log, *TWO_STAGES)) == 2
     said = capsys.readouterr().err
@@ -101,7 +89,7 @@ def test_another_dataset_is_refused_and_a_moved_one_is_not(tiny_dataset, log, tm
         (("--lr", 0.3), "--lr was 0.05, now 0.3: all stages are finished, so no stage would use"),
         (("--seed", 4), "--seed was 3, now 4: all stages are finished"),
         (("--mixed-precision",), "--mixed-precision was off, now on: all stages are finished"),
-        (("--initializer", "he"), "--initializer was published, now he: "),
+        (("--block", "se"), "--block was basic, now se: "),
     ],
 )
 @pytest.mark.parametrize("has_record", [True, False])
@@ -110,16 +98,24 @@ def test_changes_that_would_have_no_effect_are_refused(
 ):
     if not has_record:  # as in folders of earlier versions
         (log / "run.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in log.rglob("*")}
     assert train.main(arguments(tiny_dataset, log, *TWO_STAGES, *more)) == 2
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1
     assert "use the same value or another --train-dir" in said
+    assert {path: path.stat().st_mtime_ns for path in log.rglob("*")} == before
 
 
-def test_folder_without_a_finished_epoch_accepts_any_options(tiny_dataset, log, capsys):
+def test_folder_without_a_finished_epoch_accepts_any_options(
+    tiny_dataset, log, capsys, monkeypatch
+):
     for path in (*log.rglob("*.keras"), *log.rglob("test.json")):
         path.unlink()
+    trained = []
+    monkeypatch.setattr(train, "train_stage", lambda run, stage, *_: trained.append(stage))
+    monkeypatch.setattr(train, "test_best", lambda *_: None)
     assert train.main(arguments(tiny_dataset, log, *ONE_EPOCH, "--no-multi", "--lr", 0.3)) == 0
+    assert trained == [0]
     assert " was " not in capsys.readouterr().err
     assert record_of(log)["options"]["lr"] == 0.3
 
@@ -165,11 +161,9 @@ def test_missing_earlier_stage_is_refused(tiny_dataset, log, capsys):
     assert train.main(arguments(tiny_dataset, log, *TWO_STAGES, "--initial-stage", 1)) == 0
 
 
-def test_stage_of_another_training_is_refused(tiny_dataset, log, tmp_path, capsys):
-    options = ("--num-lr-decays", 1, "--max-epochs", 2, "--lr", 0.05, "--seed", 4)
-    assert train.main(arguments(tiny_dataset, tmp_path / "other", *options)) == 0
+def test_stage_of_another_training_is_refused(tiny_dataset, log, capsys):
     shutil.rmtree(log / "0")
-    shutil.copytree(tmp_path / "other" / "0", log / "0")
+    shutil.copytree(log / "1", log / "0")
     assert train.main(arguments(tiny_dataset, log, *TWO_STAGES)) == 2
     assert f"{log / '1'}: was trained from a checkpoint with validation" in capsys.readouterr().err
     shutil.rmtree(log / "0")

@@ -1,18 +1,13 @@
 """On JAX and TensorFlow, training computes the steps of Keras's fit, with any steps per call."""
 
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import build_mtt
 
 import pytest
-from conftest import write_dataset
+from conftest import run_python, write_dataset
 from training_jobs import XLA_FLAGS
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
     import sys
     import keras, numpy as np
@@ -72,7 +67,5 @@ def test_loops_give_the_same_losses_and_weights(tiny_dataset, tmp_path, backend,
         data_dir = write_dataset(tmp_path / "data", num_clips=20)
         build_mtt.build(data_dir, num_audios_per_shard=4, num_workers=1, encoding="int16")
     on_cpu = {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(data_dir)]
-    environment = os.environ | on_cpu | {"PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finished = run_python("-c", textwrap.dedent(PROGRAM), data_dir, **on_cpu)
     assert finished.stdout == f"{encoding}\n", finished.stderr[-2000:]
