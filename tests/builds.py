@@ -54,13 +54,9 @@ def run(data_dir, *options, **how):
 
 def start(data_dir, *options):
     """Start a build in a new session, so that all of its processes can be killed."""
-    return subprocess.Popen(
-        command(data_dir, *options),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    how = {"text": True, "start_new_session": True}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command(data_dir, *options), **how)
 
 
 def refusal(capsys, data_dir, *options, status=1):
@@ -94,13 +90,11 @@ def fill_disk(disk, room):
     return filler
 
 
-def wait_until(is_true, process, seconds=60):
+def wait_until(is_true, process=None, seconds=60):
     """Wait for a condition or for the end of a process."""
     deadline = time.monotonic() + seconds
-    while not is_true():
+    while not is_true() and (process is None or process.poll() is None):
         assert time.monotonic() < deadline
-        if process.poll() is not None:
-            return
         time.sleep(0.002)
 
 
@@ -108,11 +102,8 @@ def workers_of(process):
     """List the process ids of the workers of a process."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     with contextlib.suppress(OSError):
-        return [
-            int(child)
-            for child in children.read_text().split()
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]
+        found = children.read_text().split()
+        return [int(c) for c in found if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
     return []
 
 

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
 
-from builds import SCRIPT, start
+from builds import SCRIPT, start, wait_until
 
 # A preload module of workers, which delays the flush of each file.
 SLOW = """
@@ -73,13 +74,6 @@ def kill(process):
     process.wait()
 
 
-def wait_until(is_true, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @contextmanager
 def started(data_dir, cluster, *options):
     """Start a build on a cluster."""
@@ -97,13 +91,8 @@ def written_by(data_dir, worker):
 
 def line_of(messages):
     """Return the only line of messages, except those about tables, waiting and progress."""
-    lines = messages.splitlines(keepends=True)
-    (line,) = [
-        line
-        for line in lines
-        if "waiting for workers to join" not in line
-        and not line.startswith(("annotations_final.csv: ", "building: "))
-    ]
+    others = r"annotations_final\.csv: |building: |.*waiting for workers to join"
+    (line,) = [line for line in messages.splitlines(True) if not re.match(others, line)]
     return line
 
 

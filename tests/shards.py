@@ -19,15 +19,12 @@ SPLIT_OF = {TRAIN_SHARD: "train", TEST_SHARD: "test"}
 
 def make_clips(num_clips=3, num_samples=NUM_SAMPLES, num_tags=NUM_TAGS, seed=0):
     random = np.random.default_rng(seed)
-    return [
-        Clip(
-            random.standard_normal((1 + number % 3, num_samples)).astype(np.float32),
-            random.integers(0, 2, num_tags).astype(np.uint8),
-            str(100 + number),
-            f"0/clip-{number}.mp3",
-        )
-        for number in range(num_clips)
-    ]
+    clips = []
+    for number in range(num_clips):
+        segments = random.standard_normal((1 + number % 3, num_samples)).astype(np.float32)
+        labels = random.integers(0, 2, num_tags).astype(np.uint8)
+        clips.append(Clip(segments, labels, str(100 + number), f"0/clip-{number}.mp3"))
+    return clips
 
 
 def write_shard(path, clips=None, split=None):
@@ -54,9 +51,8 @@ def add_manifest(data_dir, num_tags=50, num_samples=NUM_SAMPLES):
     splits = {}
     for path in sorted((data_dir / "tfrecord").glob("*.tfrecord")):
         count = len(index_records(path))
-        split = splits.setdefault(
-            path.name.split("-")[0], {"clips": 0, "segments": 0, "shards": []}
-        )
+        name = path.name.split("-")[0]
+        split = splits.setdefault(name, {"clips": 0, "segments": 0, "shards": []})
         split["clips"] += count
         split["segments"] += count
         entry = {"name": path.name, "clips": count, "segments": count}

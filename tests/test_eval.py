@@ -5,18 +5,15 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 
 import eval as eval_script
 import toolkit
 from input_data import Clip, open_dataset, read_clips
 from model import NetworkConfig, build_network
 from toolkit import figures, reports
-from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.evaluation import score
 from toolkit.files import write_atomically
-from toolkit.models.checkpoints import Checkpoint, load, save
-from toolkit.models.export import export
+from toolkit.models.checkpoints import Checkpoint, save
 from toolkit.provenance import describe, model_names
 
 import keras
@@ -25,18 +22,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from shards import write_shard
+from shards import edited_manifest, remove_split, write_shard
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-PROVENANCE = [
-    "model",
-    "checkpoint",
-    "dataset",
-    "tags_sha256",
-    "num_clips",
-    "test_sha256",
-    "toolkit",
-]
+PROVENANCE = ["model", "checkpoint", "dataset", "tags_sha256", "num_clips", "test_sha256"]
+PROVENANCE += ["toolkit"]
 
 
 def make_model(path, dataset, seed=0, **options):
@@ -48,11 +38,7 @@ def make_model(path, dataset, seed=0, **options):
     network.set_weights(
         [random.uniform(-0.5, 1, weight.shape).astype("f") ** 2 for weight in network.get_weights()]
     )
-    tags = (
-        dataset.tags
-        if config.num_tags == len(dataset.tags)
-        else tuple(map(str, range(config.num_tags)))
-    )
+    tags = dataset.tags[: config.num_tags]
     save(path, Checkpoint(network, config, tags, dataset.sample_rate))
     return path
 
@@ -111,12 +97,9 @@ def test_scores_are_printed_and_written_to_the_report(tiny_dataset, model_path, 
         assert per_tag[~np.array(known)][f"{metric}_low"].isna().all()
         low, high = metrics[f"{metric}_interval"]
         assert low <= metrics[metric] <= high
-    assert metrics["intervals"] == {
-        "confidence": 0.95,
-        "method": "bias-corrected percentiles of bootstrap resamples of the clips",
-        "resamples": 1000,
-        "seed": 0,
-    }
+    method = "bias-corrected percentiles of bootstrap resamples of the clips"
+    expected = {"confidence": 0.95, "method": method, "resamples": 1000, "seed": 0}
+    assert metrics["intervals"] == expected
     assert per_tag["tag"].tolist() == list(dataset.tags)
     assert per_tag["positives"].tolist() == labels.sum(axis=0).tolist()
     assert per_tag["roc_auc"].mean() == pytest.approx(roc_auc, abs=1e-6)
@@ -126,18 +109,6 @@ def test_scores_are_printed_and_written_to_the_report(tiny_dataset, model_path, 
     image = matplotlib.image.imread(report / "per_tag.png")
     assert image.shape[0] > 200 and image.shape[1] > 400
     assert image.std() > 0.01  # not blank
-
-
-def test_an_onnx_file_gives_the_predictions_of_its_network(golden, tmp_path):
-    pytest.importorskip("onnx", reason="needs requirements/export.txt")
-    data_dir = published_shards(golden, tmp_path / "data")
-    model = golden / "checkpoints" / "se-multi.hdf5"
-    export(tmp_path / "se.onnx", replace(load(model), tags=MTT_TOP_TAGS))
-    _, _, expected, _ = eval_script.evaluate(model, data_dir)
-    tags, _, predictions, _ = eval_script.evaluate(tmp_path / "se.onnx", data_dir)
-    assert tags == MTT_TOP_TAGS
-    assert np.ptp(expected) > 0.01
-    np.testing.assert_allclose(predictions, expected, rtol=0, atol=1e-5)
 
 
 def make_untrained_model(path, dataset, seed):
@@ -191,14 +162,9 @@ def test_models_are_compared_with_the_first(tiny_dataset, tmp_path, capsys):
     assert table["model"].tolist() == names[1:2] * len(dataset.tags) + names[2:] * len(dataset.tags)
     assert table["tag"].tolist() == [*dataset.tags] * 2
     of_second, of_again = (table[table["model"] == name] for name in names[1:])
-    np.testing.assert_allclose(
-        of_second["difference"], of_second["roc_auc"] - of_second["baseline_roc_auc"], atol=2e-6
-    )
-    np.testing.assert_allclose(
-        of_second["pr_auc_difference"],
-        of_second["pr_auc"] - of_second["baseline_pr_auc"],
-        atol=2e-6,
-    )
+    for metric, name in (("roc_auc", "difference"), ("pr_auc", "pr_auc_difference")):
+        expected = of_second[metric] - of_second[f"baseline_{metric}"]
+        np.testing.assert_allclose(of_second[name], expected, atol=2e-6)
     known = of_second["roc_auc"].notna()
     assert (of_second["difference_low"] <= of_second["difference_high"])[known].all()
     assert (of_second["difference_low"] < of_second["difference_high"])[known].any()
@@ -223,12 +189,9 @@ def test_thresholds_of_the_page_come_from_the_validation_clips(
     assert (tmp_path / "report" / source).samefile(tiny_dataset / "mp3" / source.split("mp3/")[1])
 
     data_dir = shutil.copytree(tiny_dataset, tmp_path / "data")
-    for path in (data_dir / "tfrecord").glob("val-*"):
-        path.unlink()
-    manifest = json.loads((data_dir / "tfrecord" / "manifest.json").read_text())
-    manifest["splits"]["val"] = {"clips": 0, "segments": 0, "shards": []}
-    manifest["skipped"] = [{"clip_id": "9", "mp3_path": "0/<9>.mp3", "reason": "no audio"}]
-    (data_dir / "tfrecord" / "manifest.json").write_text(json.dumps(manifest))
+    remove_split(data_dir, "val")
+    with edited_manifest(data_dir) as manifest:
+        manifest["skipped"] = [{"clip_id": "9", "mp3_path": "0/<9>.mp3", "reason": "no audio"}]
     command[2] = str(data_dir)
     assert eval_script.main([*command, str(tmp_path / "other")]) == 0
     page = (tmp_path / "other" / "report.html").read_text(encoding="utf-8")
@@ -255,13 +218,11 @@ def test_the_report_of_another_model_is_replaced_and_named(
     report.mkdir()
     (report / "notes.txt").write_text("mine\n")
     said = []
-    for models in ([model_path], [model_path], [other], [model_path, other]):
+    for models in ([other], [other], [model_path, other]):
         options = ["--data-dir", str(tiny_dataset), "--report", str(report)]
         assert eval_script.main([*map(str, models), *options]) == 0
         said.append([line for line in capsys.readouterr().err.splitlines() if "replaces" in line])
-    lines = [f"{report}: replaces the report of {m} on {tiny_dataset}" for m in (model_path, other)]
-    assert said == [[], [], lines[:1], lines[1:]]
-    assert json.loads((report / "metrics.json").read_text())["model"] == "other"
+    assert said == [[], [], [f"{report}: replaces the report of {other} on {tiny_dataset}"]]
     assert (report / "notes.txt").read_text() == "mine\n"
 
 
@@ -289,9 +250,8 @@ def test_a_clip_whose_samples_are_not_finite_is_named(tiny_dataset, model_path, 
     data_dir = shutil.copytree(tiny_dataset, tmp_path / "data")
     shard = open_dataset(data_dir).splits["test"].shards[0]
     clips = list(read_clips([shard]))
-    samples = clips[1].segments.copy()
-    samples[0, 7] = np.nan
-    clips[1].segments = samples
+    clips[1].segments = clips[1].segments.copy()
+    clips[1].segments[0, 7] = np.nan
     write_shard(shard, clips, "test")
     message = refused(capsys, 1, model_path, "--data-dir", data_dir)
     assert f"{shard}: record " in message
@@ -335,16 +295,6 @@ def published_shards(golden, data_dir):
     return data_dir
 
 
-def test_published_model_gives_published_predictions_on_published_shards(golden, tmp_path):
-    data_dir = published_shards(golden, tmp_path / "data")
-    model = golden / "checkpoints" / "se-multi.hdf5"
-    tags, clips, predictions, scores = eval_script.evaluate(model, data_dir)
-    expected = np.load(golden / "expected.npz")["se-multi/predictions"][10:]
-    assert (len(clips), len(tags)) == (1, 50)
-    np.testing.assert_allclose(predictions[0], expected.mean(axis=0), atol=1e-5)
-    assert np.isnan(scores.macro_roc_auc)  # one clip does not have both classes of a tag
-
-
 def published_stage(golden, folder, name="se-multi"):
     """Write a published stage folder with two checkpoints; the better one is `name`."""
     folder.mkdir(parents=True)
@@ -370,8 +320,8 @@ def test_scores_of_one_clip_are_nan(golden, tmp_path, capsys):
     assert (report / "per_tag.png").stat().st_size > 0
 
 
-def refused(capsys, status, *arguments):
-    assert eval_script.main(list(map(str, arguments))) == status
+def refused(capsys, status, *arguments, script=eval_script):
+    assert script.main(list(map(str, arguments))) == status
     printed = capsys.readouterr()
     assert printed.out == ""
     lines = [line for line in printed.err.splitlines() if "error: " in line]
@@ -387,16 +337,6 @@ def test_missing_and_unsuitable_models_and_datasets_are_refused(
     message = refused(capsys, 2, model_path, "--data-dir", tmp_path / "nowhere")
     assert "nowhere: no dataset found" in message
 
-    dataset = open_dataset(tiny_dataset)
-    other = make_model(tmp_path / "other.keras", dataset, num_tags=7)
-    message = refused(capsys, 2, other, "--data-dir", tiny_dataset)
-    assert f"7 tags, but {tiny_dataset} has {len(dataset.tags)}" in message
-
-    (tmp_path / "text.keras").write_text("epoch,loss\n")
-    assert "not a model file" in refused(
-        capsys, 1, tmp_path / "text.keras", "--data-dir", tiny_dataset
-    )
-
 
 def test_predictions_with_nan_are_refused(tiny_dataset, model_path, capsys, monkeypatch):
     # Replace the outputs: whether NaN passes TensorFlow's sigmoid depends on the processor.
@@ -406,17 +346,16 @@ def test_predictions_with_nan_are_refused(tiny_dataset, model_path, capsys, monk
     assert "the predictions contain NaN or infinity" in message
 
 
-def test_dataset_without_test_clips_is_refused(golden, model_path, tmp_path, capsys):
-    data_dir = published_shards(golden, tmp_path / "data")
-    next((data_dir / "tfrecord").glob("*.seq.tfrecord")).unlink()
+def test_dataset_without_test_clips_is_refused(tiny_dataset, model_path, tmp_path, capsys):
+    data_dir = shutil.copytree(tiny_dataset, tmp_path / "data")
+    remove_split(data_dir, "test")
     assert "no test clips" in refused(capsys, 2, model_path, "--data-dir", data_dir)
 
 
 @pytest.mark.parametrize("arguments", [[], ["model.keras", "--batch-size", "0"]])
 def test_invalid_commands_print_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match="2"):
         eval_script.main(arguments)
-    assert caught.value.code == 2
     assert "usage: " in capsys.readouterr().err
 
 

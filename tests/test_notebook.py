@@ -1,6 +1,5 @@
 """The analysis notebook reads every form of the table and draws the published figures."""
 
-import base64
 import re
 from pathlib import Path
 
@@ -49,10 +48,7 @@ def make_table(form="current", tags=TAGS):
 
 
 def write_table(path, table):
-    if path.suffix.lower() == ".parquet":
-        table.to_parquet(path)
-    else:
-        table.to_pickle(path)
+    (table.to_parquet if path.suffix.lower() == ".parquet" else table.to_pickle)(path)
     return path
 
 
@@ -109,8 +105,16 @@ def legend_of(figure):
 # --- Reading tables ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".pkl", ".parquet"])
-@pytest.mark.parametrize("form", ["current", "published", "previous", "reset"])
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [
+        ("current", ".pkl"),
+        ("current", ".parquet"),
+        ("published", ".pkl"),
+        ("previous", ".pkl"),
+        ("reset", ".parquet"),
+    ],
+)
 def test_reads_exactly_the_named_file_in_every_form(run_until, tmp_path, capsys, form, suffix):
     table = make_table(form)
     path = write_table(tmp_path / f"some{suffix}", table)
@@ -157,13 +161,9 @@ def test_a_missing_table_is_named(run_until, tmp_path, monkeypatch):
 def test_plot_ex_draws_a_curve_for_every_tag(run_until, tmp_path):
     tags = [f"tag {number}" for number in range(50)]
     rng = np.random.default_rng(0)
-    table = pd.concat(
-        [
-            pd.DataFrame({"ex": [*rng.random((20, 16))], "depth": 0}),
-            pd.DataFrame(rng.random((20, 50)) < 0.5, columns=tags),
-        ],
-        axis=1,
-    )
+    excitations = pd.DataFrame({"ex": [*rng.random((20, 16))], "depth": 0})
+    labels = pd.DataFrame(rng.random((20, 50)) < 0.5, columns=tags)
+    table = pd.concat([excitations, labels], axis=1)
     variables = run_until("all-depths", EXCITATIONS=write_table(tmp_path / "some.pkl", table))
     means = variables["means"][0].to_numpy()
     figure = plt.figure(plt.get_fignums()[-1])
@@ -211,8 +211,7 @@ def test_missing_chosen_tags_are_named_and_replaced(run_until, tmp_path, capsys)
     assert legend_of(plt.figure(plt.get_fignums()[-1])) == ["metal", "rock", "rare"]
 
 
-@pytest.mark.parametrize("suffix", [".pkl", ".PARQUET"])
-def test_excitations_of_segments_are_compared_with_loudness(run_until, tmp_path, suffix):
+def test_excitations_of_segments_are_compared_with_loudness(run_until, tmp_path):
     rms = np.linspace(0.1, 0.5, 30)
     noise = np.tile([0.01, -0.02, 0.01], 10)  # uncorrelated with a straight line
     slopes, intercepts = np.array([0.3, -0.5, 0.02, -0.1]), np.array([0.2, 0.8, 0.4, 0.6])
@@ -227,7 +226,7 @@ def test_excitations_of_segments_are_compared_with_loudness(run_until, tmp_path,
     variables = run_until(
         "segments",
         EXCITATIONS=write_table(tmp_path / "some.pkl", make_table()),
-        EXCITATIONS_SEGMENTS=write_table(tmp_path / f"segments{suffix}", segments),
+        EXCITATIONS_SEGMENTS=write_table(tmp_path / "segments.PARQUET", segments),
     )
     expected = [np.polyfit(rms, channel, 1, full=True)[:2] for channel in channels.T]
     lines = variables["lines"]
@@ -268,15 +267,10 @@ def test_levels_of_the_dataset_are_compared_with_excitations(run_until, tiny_dat
     dataset = open_dataset(tiny_dataset)
     clips = list(read_clips(dataset.splits["test"].shards))
     levels = [10 * np.log10(np.mean(np.square(clip.segments, dtype=float))) for clip in clips]
-    table = pd.concat(
-        [
-            pd.DataFrame(
-                [(np.float32([0.5, 0.5 - level / 100]), d) for level in levels for d in (0, 1)],
-                columns=["ex", "depth"],
-            ),
-            pd.DataFrame(np.repeat([c.labels for c in clips], 2, axis=0), columns=dataset.tags),
-        ],
-        axis=1,
+    rows = [(np.float32([0.5, 0.5 - level / 100]), d) for level in levels for d in (0, 1)]
+    labels = np.repeat([clip.labels for clip in clips], 2, axis=0)
+    table = pd.DataFrame(rows, columns=["ex", "depth"]).join(
+        pd.DataFrame(labels, columns=dataset.tags)
     )
     path = write_table(tmp_path / "some.pkl", table)
     variables = run_until("level", EXCITATIONS=path, DATA_DIR=tiny_dataset)
@@ -306,10 +300,8 @@ def test_runs_in_a_kernel_and_its_controls_redraw_the_picture(environment, tmp_p
             "print('pictures:', len(set(drawn)))"
         )
     )
-    resources = {"metadata": {"path": folder}}
-    nbclient.NotebookClient(
-        notebook, timeout=60, kernel_name="python3", resources=resources
-    ).execute()
+    options = {"kernel_name": "python3", "resources": {"metadata": {"path": folder}}}
+    nbclient.NotebookClient(notebook, timeout=60, **options).execute()
 
     assert not errors_of(notebook)
     assert len(images_of(notebook)) == NUM_FIGURES
@@ -344,25 +336,16 @@ def test_committed_notebook_is_executed_and_clean():
 
 
 def outputs_of(notebook):
-    return [
-        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    ]
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
 def errors_of(notebook):
-    return [
-        output
-        for output in outputs_of(notebook)
-        if output.output_type == "error" or output.get("name") == "stderr"
-    ]
+    outputs = outputs_of(notebook)
+    return [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
 
 
 def images_of(notebook):
-    return [
-        base64.b64decode(output.data["image/png"])
-        for output in outputs_of(notebook)
-        if "image/png" in output.get("data", {})
-    ]
+    return [output for output in outputs_of(notebook) if "image/png" in output.get("data", {})]
 
 
 def text_of(notebook):

@@ -66,16 +66,10 @@ def report(tmp_path):
         results = []
         for number in range(num_models):
             predictions = np.clip(random.normal(0.4 * labels + 0.3, 0.2), 0, 1)
-            results.append(
-                Result(
-                    describe(f"m-{number}.onnx", data_dir, tags, len(clips)),
-                    labels,
-                    predictions,
-                    score(labels, predictions),
-                    bootstrap(labels, predictions, num_resamples=50),
-                    (labels[:9], predictions[:9]) if has_validation else None,
-                )
-            )
+            origin = describe(f"m-{number}.onnx", data_dir, tags, len(clips))
+            scores = score(labels, predictions), bootstrap(labels, predictions, 50)
+            validation = (labels[:9], predictions[:9]) if has_validation else None
+            results.append(Result(origin, labels, predictions, *scores, validation))
         write_page(folder, Dataset(data_dir, tags, 22050, 59049, splits), tags, clips, results)
         write_errors(folder, tags, clips, results[0])
         return folder

@@ -21,7 +21,7 @@ from conftest import write_other_tags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from test_eval import published_shards
+from test_eval import make_model, published_shards
 
 
 class Sums:
@@ -127,19 +127,10 @@ def test_clips_are_yielded_as_soon_as_they_are_predicted():
         assert len(read) - done <= 4
 
 
-@pytest.fixture(scope="module")
-def model_path(tiny_dataset, tmp_path_factory):
-    dataset = open_dataset(tiny_dataset)
-    config = NetworkConfig("res", init_features=2, num_tags=len(dataset.tags))
-    path = tmp_path_factory.mktemp("model") / "res.keras"
-    save(path, Checkpoint(build_network(config), config, dataset.tags, dataset.sample_rate))
-    return path
-
-
-def test_the_prediction_of_a_clip_is_the_mean_over_its_segments(tiny_dataset, model_path):
+def test_the_prediction_of_a_clip_is_the_mean_over_its_segments(tiny_dataset, tmp_path):
     """Clips of different lengths have equal weights."""
-
     dataset = open_dataset(tiny_dataset)
+    model_path = make_model(tmp_path / "res.keras", dataset, block="res")
     clips = list(read_clips(dataset.splits["test"].shards))
     lengths = [len(clip.segments) for clip in clips]
     assert len(set(lengths)) > 1
@@ -150,24 +141,19 @@ def test_the_prediction_of_a_clip_is_the_mean_over_its_segments(tiny_dataset, mo
     labels = np.array([clip.labels for clip in clips])
     known = [tag for tag in range(labels.shape[1]) if len(set(labels[:, tag])) == 2]
 
-    for batch_size in (1, 4, 32):
-        tags, found, predictions, scores = eval_script.evaluate(
-            model_path, tiny_dataset, batch_size
-        )
-        assert tags == dataset.tags
-        assert [clip.clip_id for clip in found] == [clip.clip_id for clip in clips]
-        assert predictions.shape == (len(clips), len(tags))
-        np.testing.assert_allclose(predictions, expected, atol=1e-6)
-        assert scores.macro_roc_auc == pytest.approx(
-            roc_auc_score(labels[:, known], predictions[:, known], average="macro"), abs=1e-12
-        )
-        assert (~np.isnan(scores.roc_auc)).nonzero()[0].tolist() == known
+    tags, found, predictions, scores = eval_script.evaluate(model_path, tiny_dataset, batch_size=4)
+    assert tags == dataset.tags
+    assert [clip.clip_id for clip in found] == [clip.clip_id for clip in clips]
+    assert predictions.shape == (len(clips), len(tags))
+    np.testing.assert_allclose(predictions, expected, atol=1e-6)
+    macro = roc_auc_score(labels[:, known], predictions[:, known], average="macro")
+    assert scores.macro_roc_auc == pytest.approx(macro, abs=1e-12)
+    assert (~np.isnan(scores.roc_auc)).nonzero()[0].tolist() == known
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, None),
         ({"tags": ("calm",)}, "tag 0 is 'calm' in the model, but 'violin' in "),
         ({"sample_rate": 16000}, "the model is for 16000 Hz, but .* has 22050"),
         ({"num_samples": 60000}, "the model is for 60000 samples per segment, but .* has 59049"),
@@ -185,9 +171,6 @@ def test_a_model_must_fit_the_dataset(tiny_dataset, tmp_path, changes, message):
     config = NetworkConfig(**sizes | changes)
     path = tmp_path / "model.keras"
     save(path, Checkpoint(build_network(config), config, tags, rate))
-    if message is None:
-        assert load_for_dataset(path, dataset).tags == dataset.tags
-        return
     with pytest.raises(UsageError, match=message):
         load_for_dataset(path, dataset)
 

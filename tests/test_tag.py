@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ import keras
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import encode_audio, synthesise
+from conftest import encode_audio, run_python, synthesise
 from test_eval import published_stage
 
 SEGMENT = 59049
@@ -106,27 +105,19 @@ def test_tags_option_names_the_outputs_of_a_file_without_tags(golden, tmp_path, 
     clip = golden / "clips" / "gm-pop-01-take-0-29.mp3"
     moods = [f"mood {number}" for number in range(50)]
     (tmp_path / "tags.txt").write_text("\n".join(moods) + "\n")
-    (tmp_path / "manifest.json").write_text(json.dumps({"tags": moods}))
-    (tmp_path / "few.txt").write_text("calm\n")
-    for name in ("tags.txt", "manifest.json"):
-        out, said = run(capsys, model, clip, "--json", "--tags", tmp_path / name)
-        assert said == []
-        assert list(json_lines(out)[0]["tags"]) == moods
-    for name, message in {
-        "few.txt": "1 tags, but",
-        "none.txt": "No such file or directory",
-    }.items():
-        _, said = run(capsys, model, clip, "--tags", tmp_path / name, status=2)
-        assert message in said[-1]
+    out, said = run(capsys, model, clip, "--json", "--tags", tmp_path / "tags.txt")
+    assert said == []
+    assert list(json_lines(out)[0]["tags"]) == moods
+    _, said = run(capsys, model, clip, "--tags", tmp_path / "none.txt", status=2)
+    assert "No such file or directory" in said[-1]
 
 
 def test_an_onnx_file_gives_the_tags_of_its_network(folder, model_path, tmp_path, capsys):
     pytest.importorskip("onnx", reason="needs requirements/export.txt")
     checkpoint = load(model_path)
     export(tmp_path / "small.onnx", checkpoint)
-    out, said = run(
-        capsys, tmp_path / "small.onnx", folder, "--json", "--hop", 20_000, "--batch-size", 4
-    )
+    options = ("--json", "--hop", 20_000, "--batch-size", 4)
+    out, said = run(capsys, tmp_path / "small.onnx", folder, *options)
     assert said[-1] == "2 of 5 files could not be decoded and were skipped"
     expected = tagging.tag_files(checkpoint, [folder / name for name in AUDIO_NAMES], 20_000)
     for line, (path, probabilities) in zip(json_lines(out), expected, strict=True):
@@ -161,9 +152,7 @@ def test_a_folder_is_read_in_order_and_files_that_are_not_audio_are_skipped(
 @pytest.mark.slow
 def test_less_than_a_batch_is_tagged_with_pytorch(folder, model_path, capsys):
     pytest.importorskip("torch", reason="needs requirements/backends.txt")
-    command = [sys.executable, tag.__file__, str(model_path), str(folder / "a.wav"), "--json"]
-    environment = os.environ | {"KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_python("tag.py", model_path, folder / "a.wav", "--json", KERAS_BACKEND="torch")
     assert (done.returncode, done.stderr) == (0, "")
     (expected,) = json_lines(run(capsys, model_path, folder / "a.wav", "--json")[0])
     (found,) = json_lines(done.stdout)
@@ -201,7 +190,7 @@ def test_csv_has_one_row_per_file(folder, model_path, capsys):
 def test_segments_start_at_multiples_of_the_hop(folder, model_path):
     checkpoint = load(model_path)
     samples = decode(folder / "a.wav", RATE, stop=None)
-    for hop in (SEGMENT, 20_000, 100_000):
+    for hop in (20_000, 100_000):
         ((path, found),) = tagging.tag_files(checkpoint, [folder / "a.wav"], hop, batch_size=4)
         assert path == folder / "a.wav"
         starts = range(0, len(samples) - SEGMENT + 1, hop)
@@ -212,9 +201,7 @@ def test_segments_start_at_multiples_of_the_hop(folder, model_path):
 
 
 def test_a_short_file_is_padded_with_silence(tmp_path, model_path, capsys):
-    path = encode_audio(
-        tmp_path / "short.wav", synthesise(1, RATE), RATE, codec="pcm_s16le", bit_rate=None
-    )
+    path = encode_audio(tmp_path / "short.wav", synthesise(1, RATE), RATE, "pcm_s16le", None)
     (line,) = json_lines(run(capsys, model_path, path, "--json", "--hop", "100")[0])
     assert line["segments"] == 1
     segment = np.zeros((1, SEGMENT), "f")
@@ -242,15 +229,11 @@ def test_taggrams_are_drawn_and_saved(folder, model_path, tmp_path, capsys):
     means = values[:, 1:].mean(axis=0)
     np.testing.assert_allclose(means, list(line["tags"].values()), rtol=0, atol=2e-6)
 
-    # More tags make a taller picture. One segment is enough for a picture.
-    taller = tmp_path / "b.PNG"
-    run(capsys, model_path, folder / "c.flac", "--taggram", taller, "--top", "6")
-    assert matplotlib.image.imread(taller, format="png").shape[0] > height
-    run(capsys, model_path, folder / "c.flac", "--taggram", tmp_path / "c.svg")
-    assert all(text in (tmp_path / "c.svg").read_text() for text in ("<svg", "tags_sha256"))
-    run(capsys, model_path, folder / "c.flac", "--taggram", tmp_path / "c.pdf")
-    assert b"tags_sha256" in (tmp_path / "c.pdf").read_bytes()
-    assert len(list(tmp_path.iterdir())) == 5
+    # One segment is enough for a picture.
+    for name in ("c.SVG", "c.pdf"):
+        run(capsys, model_path, folder / "c.flac", "--taggram", tmp_path / name)
+        assert b"tags_sha256" in (tmp_path / name).read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_the_taggram_shows_the_tags_with_the_largest_means(tmp_path):
@@ -282,10 +265,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_after_the_files(
 
     monkeypatch.setattr(os, "scandir", refuse)
     out, said = run(capsys, model_path, folder, "--json", status=1)
-    assert [line["path"] for line in json_lines(out)] == [
-        str(folder / "a.wav"),
-        str(folder / "c.flac"),
-    ]
+    assert [Path(line["path"]).name for line in json_lines(out)] == ["a.wav", "c.flac"]
     assert said[-1] == f"tag.py: error: {folder / 'b'}: cannot be read: Permission denied"
 
 
@@ -356,13 +336,11 @@ def test_an_abandoned_iterator_stops_its_thread(folder, model_path):
 def test_python_exits_while_an_iterator_is_in_use(folder, tmp_path):
     """Also in the middle of a file in parts, whose next parts are decoded."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from toolkit import tagging\n"
-        "parts = tagging._decode_ahead([Path(sys.argv[2])] * 9, 22050, 59049, 1)\n"
+        "import sys; from pathlib import Path; from toolkit import tagging\n"
+        "parts = tagging._decode_ahead([Path(sys.argv[1])] * 9, 22050, 59049, 1)\n"
         "print(len(next(parts)[1].segments))"
     )
-    command = [sys.executable, "-c", code, str(Path(tag.__file__).parent), str(folder / "a.wav")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run_python("-c", code, folder / "a.wav", timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{9 * RATE - SEGMENT + 1}\n"
 
@@ -387,72 +365,44 @@ def test_folders_without_audio_are_an_error(model_path, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("audio", "option", "path", "message"),
     [
-        (["--taggram", "x.png"], "--taggram needs exactly one audio file, but there are 5"),
-        (["--save-taggram", "x.csv"], "--save-taggram needs exactly one audio file, but there "),
+        (".", "--taggram", "x.png", " needs exactly one audio file, but there are 5"),
+        (".", "--save-taggram", "x.csv", " needs exactly one audio file, but there are 5"),
+        ("c.flac", "--taggram", "x.jpeg", " x.jpeg: expected a name that ends in .png"),
+        ("c.flac", "--save-taggram", "x.png", " x.png: expected a name that ends in .csv"),
+        ("c.flac", "--taggram", "/none/x.png", " /none/x.png: the folder /none does not exist"),
+        ("c.flac", "--save-embeddings", "x.npz", " x.npz: is a folder: choose another name"),
     ],
 )
-def test_a_taggram_needs_exactly_one_file(folder, model_path, capsys, options, message):
-    out, (said,) = run(capsys, model_path, folder, *options, status=2)
-    assert out == "" and said.startswith(f"tag.py: error: {message}")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--taggram", "x.jpeg"],
-            "--taggram x.jpeg: expected a name that ends in .png",
-        ),
-        (["--save-taggram", "x.png"], "--save-taggram x.png: expected a name that ends in .csv"),
-        (["--taggram", "/none/x.png"], "--taggram /none/x.png: the folder /none does not exist"),
-    ],
-)
-def test_taggrams_that_cannot_be_written_are_refused(folder, model_path, capsys, options, message):
-    out, (said,) = run(capsys, model_path, folder / "c.flac", *options, status=2)
-    assert out == "" and said.startswith(f"tag.py: error: {message}")
-
-
-def test_an_output_that_is_a_folder_is_refused(folder, model_path, tmp_path, capsys):
-    path = tmp_path / "x.npz"
-    path.mkdir()
-    _, (said,) = run(capsys, model_path, folder, "--save-embeddings", path, status=2)
-    assert said == f"tag.py: error: --save-embeddings {path}: is a folder: choose another name"
-
-
-def test_missing_and_invalid_models_are_refused(folder, tmp_path, capsys):
-    out, said = run(capsys, tmp_path / "none.keras", folder, status=2)
-    assert (out, said) == ("", [f"tag.py: error: {tmp_path / 'none.keras'}: no such model file"])
-    (tmp_path / "text.keras").write_text("epoch,loss\n")
-    out, said = run(capsys, tmp_path / "text.keras", folder, status=1)
-    assert out == "" and "not a model file" in said[-1]
+def test_outputs_that_cannot_be_written_are_refused(
+    folder, model_path, tmp_path, capsys, monkeypatch, audio, option, path, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("x.npz").mkdir()
+    out, (said,) = run(capsys, model_path, folder / audio, option, path, status=2)
+    assert out == "" and said.startswith(f"tag.py: error: {option}{message}")
 
 
 @pytest.mark.parametrize(
     "options", [[], ["m.keras"], ["m", "a", "--hop", "0"], ["m", "a", "--csv", "--json"]]
 )
 def test_invalid_commands_print_the_usage(options, capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit, match="2"):
         tag.main(options)
-    assert caught.value.code == 2
     assert "usage: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_tags_are_printed_in_any_encoding_and_data_is_utf_8(
-    folder, tmp_path, monkeypatch, encoding
-):
+def test_tags_are_printed_in_any_encoding_and_data_is_utf_8(folder, tmp_path, monkeypatch):
     config = NetworkConfig("se", init_features=2, num_tags=2)
     path = tmp_path / "model.keras"
     save(path, Checkpoint(build_network(config), config, ("음악", "doux é")))
-    audio = shutil.copy(folder / "a.wav", tmp_path / "노래.wav")
     for options, expected in (((), "?? "), (("--json",), "음악"), (("--csv",), "음악")):
-        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
         monkeypatch.setattr(sys, "stdout", stdout)
-        assert tag.main([str(path), str(audio), *options]) == 0
+        assert tag.main([str(path), str(folder / "c.flac"), *options]) == 0
         stdout.flush()
-        assert expected in stdout.buffer.getvalue().decode("utf-8" if options else encoding)
+        assert expected in stdout.buffer.getvalue().decode("utf-8" if options else "latin-1")
 
 
 def test_a_file_name_that_is_not_utf_8_is_printed(folder, model_path, tmp_path, capsys):
@@ -461,5 +411,5 @@ def test_a_file_name_that_is_not_utf_8_is_printed(folder, model_path, tmp_path, 
         path = Path(shutil.copy(folder / "c.flac", tmp_path / name))
     except OSError:
         pytest.skip("this file system accepts only UTF-8 names")
-    for form in ("--json", "--csv", "--top=2"):
+    for form in ("--json", "--top=2"):
         assert "caf�.flac" in run(capsys, model_path, path, form)[0]

@@ -9,11 +9,11 @@ from pathlib import Path
 import build_mtt
 
 import pytest
-from builds import SCRIPT, contents, fill_disk, refusal, run, shards_in
+from builds import SCRIPT, contents, fill_disk, refusal, run, shards_in, wait_until
 
 pytest.importorskip("distributed")
 
-from clusters import SLOW, kill, refusal_of, start_cluster, started, wait_until
+from clusters import SLOW, kill, refusal_of, start_cluster, started
 
 
 @pytest.fixture(scope="module")

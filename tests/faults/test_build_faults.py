@@ -247,20 +247,6 @@ def test_full_disk_is_one_line_and_the_build_resumes(capsys, finished, data_dir,
     assert_resumes(data_dir, finished)
 
 
-def test_limit_of_file_sizes_is_one_line_and_the_build_resumes(finished, data_dir):
-    """Like a quota; this test also runs where no small disk can be mounted."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
-    done = run(data_dir, preexec_fn=limit)
-    assert done.returncode == 1
-    assert ".tfrecord: File too large (" in done.stderr.splitlines()[-1]
-    assert_complete_shards(data_dir, finished)
-    assert not list((data_dir / "tfrecord").glob(".*.tmp"))
-    assert_resumes(data_dir, finished)
-
-
 def test_truncated_shard_is_built_again(finished, data_dir):
     folder = Path(shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord"))
     path = folder / "train-0003-of-0006.tfrecord"

@@ -3,11 +3,11 @@
 import signal
 
 import pytest
-from builds import build, contents, run, shards_in
+from builds import build, contents, run, shards_in, wait_until
 
 pytest.importorskip("distributed")
 
-from clusters import SLOW, line_of, start_cluster, started, wait_until, written_by
+from clusters import SLOW, line_of, start_cluster, started, written_by
 
 pytestmark = pytest.mark.slow
 

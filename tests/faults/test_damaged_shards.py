@@ -1,17 +1,16 @@
 """Damaged and truncated shards give an error that names the record."""
 
-import json
 import shutil
 
 from input_data import SegmentReader, open_dataset, read_clips
-from toolkit.data.records import index_records, read_records, write_records
+from toolkit.data.records import index_records
 from toolkit.errors import ShardError
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shards import TEST_SHARD, TRAIN_SHARD, write_shard
+from shards import TEST_SHARD, TRAIN_SHARD, edited_manifest, write_shard
 
 
 @pytest.fixture(scope="module", params=[TRAIN_SHARD, TEST_SHARD])
@@ -66,50 +65,18 @@ def test_truncated_shard_is_noticed(shard, tmp_path):
             np.testing.assert_array_equal(one, other)
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=200))
-def test_any_bytes_with_valid_checksums_are_read_or_refused(tmp_path, noise):
-    for name in (TRAIN_SHARD, TEST_SHARD):
-        write_records(tmp_path / name, [noise])
-        read_or_refuse(tmp_path / name, (tmp_path / name).read_bytes())
-
-
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_flipped_byte_with_a_valid_checksum_is_read_or_refused(shard, tmp_path, data):
-    records = [bytearray(record) for record in read_records(shard)]
-    record = records[data.draw(st.integers(0, len(records) - 1))]
-    record[data.draw(st.integers(0, len(record) - 1))] ^= data.draw(st.integers(1, 255))
-    path = tmp_path / shard.name
-    write_records(path, [bytes(record) for record in records])
-    read_or_refuse(path, path.read_bytes())
-
-
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_missing_last_records_are_noticed_by_the_manifest(tmp_path, tiny_dataset, split):
+def test_missing_last_record_is_noticed_by_the_manifest(tmp_path, tiny_dataset):
     shutil.copytree(tiny_dataset / "tfrecord", tmp_path / "tfrecord")
-    path = sorted((tmp_path / "tfrecord").glob(f"{split}-*"))[0]
+    path = tmp_path / "tfrecord" / "train-0002-of-0003.tfrecord"
     start, length = index_records(path)[-2]
     path.write_bytes(path.read_bytes()[: start + length + 4])
     assert list(read_clips([path]))
-    with pytest.raises(
-        ShardError,
-        match=rf"{path}: \d+ bytes, but manifest\.json lists \d+: .*run build_mtt\.py again",
-    ):
+    said = rf"{path}: \d+ bytes, but manifest\.json lists \d+: .*run build_mtt\.py again"
+    with pytest.raises(ShardError, match=said):
         open_dataset(tmp_path)
-
-
-def test_missing_records_are_noticed_by_manifests_without_sizes(tmp_path, tiny_dataset):
-    """Manifests of earlier versions contain counts only."""
-    folder = tmp_path / "tfrecord"
-    shutil.copytree(tiny_dataset / "tfrecord", folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for split in manifest["splits"].values():
-        for entry in split["shards"]:
-            del entry["bytes"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    path = folder / "train-0002-of-0003.tfrecord"
-    start, length = index_records(path)[-2]
-    path.write_bytes(path.read_bytes()[: start + length + 4])
+    with edited_manifest(tmp_path) as manifest:  # earlier versions wrote only counts
+        for split in manifest["splits"].values():
+            for entry in split["shards"]:
+                del entry["bytes"]
     with pytest.raises(ShardError, match=r"20 train segments, but manifest\.json lists 21"):
         SegmentReader(open_dataset(tmp_path))

@@ -2,9 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 from model import build_network
@@ -12,8 +9,8 @@ from toolkit.models.config import NetworkConfig
 from tools import benchmark
 
 import pytest
+from conftest import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--block", "basic", "--init-features", "2", "--batch-size", "4", "--repeats", "1")
 # Python imports sitecustomize from PYTHONPATH at start-up. This version hides TensorFlow.
 SITECUSTOMIZE = """
@@ -118,12 +115,9 @@ def test_sweep_measures_every_precision_without_tensorflow(tmp_path, backend):
     pytest.importorskip(backend)
     path = tmp_path / "figures.json"
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    command = [sys.executable, "-m", "tools.benchmark", "sweep", "--backend", backend]
-    python_path = f"{tmp_path}{os.pathsep}{ROOT}"
-    environment = os.environ | {"PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(
-        [*command, *SMALL, "--json", str(path)], env=environment, cwd=ROOT, check=True, timeout=500
-    )
+    command = ["-m", "tools.benchmark", "sweep", "--backend", backend, *SMALL, "--json", path]
+    done = run_python(*command, timeout=500, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 0, done.stderr
     figures = [figure for figure in read_figures(path) if figure["stage"] in ("train", "predict")]
     whats = [figure["what"].split(", ")[0] for figure in figures]
     assert whats == [f"{each}: {backend}" for each in benchmark.PRECISIONS for _ in range(2)]
