@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from toolkit import cli, errors
 from toolkit.errors import AudioError, Interrupted, ShardError, ToolkitError, UsageError
