@@ -145,14 +145,8 @@ def run_python(*command, timeout=300, **variables):
     """Run Python with the toolkit in a new process, on CPUs; return it with its output."""
     python_path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     environment = os.environ | {"PYTHONPATH": python_path, "CUDA_VISIBLE_DEVICES": ""} | variables
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    return subprocess.run([sys.executable, *map(str, command)], timeout=timeout, **how)
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

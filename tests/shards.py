@@ -1,6 +1,7 @@
 """Write small shards of random clips, with and without a manifest."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from toolkit.data.manifest import shard_name, write_manifest
 from toolkit.data.records import encode_clip, index_records, write_records
 
 import numpy as np
+from conftest import GOLDEN
 
 NUM_SAMPLES = 300
 NUM_TAGS = 7
@@ -43,6 +45,14 @@ def write_published_shards(data_dir, num_clips=3, num_tags=NUM_TAGS, num_samples
             clips = make_clips(num_clips, num_samples, num_tags, seed=shard)
             clips = [replace(clip, clip_id="", mp3_path="") for clip in clips]
             write_shard(folder / shard_name(split, shard, num_shards), clips)
+    return data_dir
+
+
+def published_shards(data_dir):
+    """Copy the published shards, with the training shard also as validation shard."""
+    folder = data_dir / "tfrecord"
+    shutil.copytree(GOLDEN / "tfrecord", folder)
+    shutil.copy(folder / TRAIN_SHARD, folder / "val-0000-of-0001.tfrecord")
     return data_dir
 
 

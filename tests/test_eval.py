@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from shards import edited_manifest, remove_split, write_shard
+from shards import edited_manifest, published_shards, remove_split, write_shard
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 PROVENANCE = ["model", "checkpoint", "dataset", "tags_sha256", "num_clips", "test_sha256"]
@@ -285,16 +285,6 @@ def test_the_name_of_a_model_stays_inside_the_report(tmp_path, monkeypatch):
     assert len(set(model_names([os.fsdecode(b"\xe8.keras"), os.fsdecode(b"\xe9.keras")]))) == 2
 
 
-def published_shards(golden, data_dir):
-    """Copy the published shards, with the training shard also as validation shard."""
-    folder = data_dir / "tfrecord"
-    folder.mkdir(parents=True)
-    for path in (golden / "tfrecord").glob("*.tfrecord"):
-        shutil.copy(path, folder)
-    shutil.copy(folder / "train-0000-of-0001.tfrecord", folder / "val-0000-of-0001.tfrecord")
-    return data_dir
-
-
 def published_stage(golden, folder, name="se-multi"):
     """Write a published stage folder with two checkpoints; the better one is `name`."""
     folder.mkdir(parents=True)
@@ -304,7 +294,7 @@ def published_stage(golden, folder, name="se-multi"):
 
 
 def test_scores_of_one_clip_are_nan(golden, tmp_path, capsys):
-    data_dir = published_shards(golden, tmp_path / "data")
+    data_dir = published_shards(tmp_path / "data")
     model, report = published_stage(golden, tmp_path / "log" / "0"), tmp_path / "report"
     command = [str(model), "--data-dir", str(data_dir), "--report", str(report)]
     assert eval_script.main(command) == 0

@@ -16,13 +16,13 @@ import pandas as pd
 import pytest
 import test_eval
 from pyarrow.parquet import ParquetFile
-from shards import edited_manifest
-from test_eval import make_model, published_shards, published_stage
+from shards import edited_manifest, published_shards
+from test_eval import make_model, published_stage
 
 
 @pytest.mark.parametrize("name", ["se-multi", "rese-nomulti"])
 def test_excitations_equal_the_published_ones(golden, tmp_path, name):
-    data_dir = published_shards(golden, tmp_path / "data")
+    data_dir = published_shards(tmp_path / "data")
     stage_dir = published_stage(golden, tmp_path / "log" / "0", name)
     table = extract_excitations.extract(stage_dir, data_dir)
     assert list(table.columns) == ["ex", "depth", *MTT_TOP_TAGS]
@@ -188,7 +188,7 @@ def refused(capsys, status, *arguments):
 
 
 def test_models_without_excitations_are_refused(golden, tmp_path, capsys):
-    data_dir = published_shards(golden, tmp_path / "data")
+    data_dir = published_shards(tmp_path / "data")
     model, out = golden / "checkpoints" / "res-multi.hdf5", tmp_path / "x.pkl"
     message = refused(capsys, 2, model, "--data-dir", data_dir, "--out", out)
     assert "res blocks has no excitations" in message and "se or rese" in message

@@ -46,9 +46,8 @@ def test_mistakes_are_ranked_by_their_distance_from_the_threshold():
         Mistake(tag=1, clip=1, label=0, prediction=0.4, rank=2),
         Mistake(tag=1, clip=3, label=0, prediction=0.3, rank=3),
     ]
-    assert mistakes.find_mistakes(LABELS, PREDICTIONS, np.array([0.65, 0.3]), num=1) == [
-        row for row in rows if row.rank == 1
-    ]
+    first = mistakes.find_mistakes(LABELS, PREDICTIONS, np.array([0.65, 0.3]), num=1)
+    assert first == [row for row in rows if row.rank == 1]
 
 
 def test_confused_tags_and_synonyms_differ_in_their_labels():

@@ -105,16 +105,11 @@ def legend_of(figure):
 # --- Reading tables ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("form", "suffix"),
-    [
-        ("current", ".pkl"),
-        ("current", ".parquet"),
-        ("published", ".pkl"),
-        ("previous", ".pkl"),
-        ("reset", ".parquet"),
-    ],
-)
+FORMS = [("current", ".pkl"), ("current", ".parquet"), ("published", ".pkl")]
+FORMS += [("previous", ".pkl"), ("reset", ".parquet")]
+
+
+@pytest.mark.parametrize(("form", "suffix"), FORMS)
 def test_reads_exactly_the_named_file_in_every_form(run_until, tmp_path, capsys, form, suffix):
     table = make_table(form)
     path = write_table(tmp_path / f"some{suffix}", table)
@@ -291,15 +286,14 @@ def test_runs_in_a_kernel_and_its_controls_redraw_the_picture(environment, tmp_p
     path = write_table(tmp_path / "some.parquet", make_table())
     environment(EXCITATIONS=path, FIGURES_DIR=figures)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    notebook.cells.append(
-        nbformat.v4.new_code_cell(
-            "drawn = [picture.value]\n"
-            "for control, value in ((depth, 5), (tags, ['loud']), (tags, []), (sort, False)):\n"
-            "    control.value = value\n"
-            "    drawn.append(picture.value)\n"
-            "print('pictures:', len(set(drawn)))"
-        )
+    use_controls = (
+        "drawn = [picture.value]\n"
+        "for control, value in ((depth, 5), (tags, ['loud']), (tags, []), (sort, False)):\n"
+        "    control.value = value\n"
+        "    drawn.append(picture.value)\n"
+        "print('pictures:', len(set(drawn)))"
     )
+    notebook.cells.append(nbformat.v4.new_code_cell(use_controls))
     options = {"kernel_name": "python3", "resources": {"metadata": {"path": folder}}}
     nbclient.NotebookClient(notebook, timeout=60, **options).execute()
 

@@ -20,8 +20,9 @@ import pytest
 from conftest import write_other_tags
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shards import published_shards
 from sklearn.metrics import roc_auc_score
-from test_eval import make_model, published_shards
+from test_eval import make_model
 
 
 class Sums:
@@ -177,7 +178,7 @@ def test_a_model_must_fit_the_dataset(tiny_dataset, tmp_path, changes, message):
 
 def test_a_model_without_tags_is_taken_for_one_of_magnatagatune(golden, tmp_path, capsys):
     """On a dataset with 50 other tags, the scores would be plausible and wrong."""
-    data_dir = published_shards(golden, tmp_path / "data")
+    data_dir = published_shards(tmp_path / "data")
     path = golden / "checkpoints" / "se-multi.hdf5"
     command = [str(path), "--data-dir", str(data_dir)]
     out = ["--out", str(tmp_path / "x.parquet")]

@@ -88,9 +88,8 @@ def test_published_log_folders_give_the_published_predictions(golden, tmp_path, 
     for name in ("se-multi", "res-nomulti"):
         model = published_stage(golden, tmp_path / name, name)
         out, said = run(capsys, model, *clips, "--json")
-        assert len(said) == 1 and said[0].startswith(
-            f"{model}: the file contains no tag names: assuming"
-        )
+        (line,) = said
+        assert line.startswith(f"{model}: the file contains no tag names: assuming")
         found = json_lines(out)
         assert [line["path"] for line in found] == list(map(str, clips))
         assert [line["segments"] for line in found] == [10, 10]
@@ -185,19 +184,6 @@ def test_csv_has_one_row_per_file(folder, model_path, capsys):
     expected = json_lines(run(capsys, model_path, folder, "--json")[0])
     for row, line in zip(rows, expected, strict=True):
         assert list(map(float, row[1:])) == pytest.approx(list(line["tags"].values()), abs=2e-6)
-
-
-def test_segments_start_at_multiples_of_the_hop(folder, model_path):
-    checkpoint = load(model_path)
-    samples = decode(folder / "a.wav", RATE, stop=None)
-    for hop in (20_000, 100_000):
-        ((path, found),) = tagging.tag_files(checkpoint, [folder / "a.wav"], hop, batch_size=4)
-        assert path == folder / "a.wav"
-        starts = range(0, len(samples) - SEGMENT + 1, hop)
-        segments = np.stack([samples[start : start + SEGMENT] for start in starts])
-        expected = checkpoint.network.predict_on_batch(segments)
-        assert np.ptp(expected, axis=0).max() > 1e-4
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_a_short_file_is_padded_with_silence(tmp_path, model_path, capsys):

@@ -31,14 +31,9 @@ def start_training(data_dir, train_dir, *options, devices=1, program=TRAIN, **en
         "KERAS_BACKEND": "jax",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}",
     }
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), *folders, *OPTIONS, *options],
-        env=ENVIRONMENT | jax | environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", textwrap.dedent(program), *folders, *OPTIONS, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT | jax | environment, cwd=ROOT, **pipes)
 
 
 def start_job(*runs, **more):

@@ -116,38 +116,22 @@ class Version(tuple):
 sys.version_info = Version((3, {minor}, 0, "final", 0))
 """
 MINOR = sys.version_info.minor
+OTHER = MINOR - 1 if MINOR > 11 else 12
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preload", "what"),
     [
-        (
-            VERSION.format(minor=MINOR - 1 if MINOR > 11 else 12),
-            f"has python 3.{MINOR - 1 if MINOR > 11 else 12}, the build has 3.{MINOR}",
-        ),
-        (
-            VERSION.format(minor=99),
-            "cannot import the toolkit (Python 3.11 to 3.14 is required, this is 3.99",
-        ),
-        (
-            "import importlib.metadata as m\n"
-            "m.version = lambda name, find=m.version: '0.1' if name == 'av' else find(name)\n",
-            "has av 0.1, the build has ",
-        ),
-        (
-            "import importlib.metadata as m\n"
-            "m.distribution = lambda name, find=m.distribution: find(name.replace('av', 'none'))\n",
-            "lacks av, the build has ",
-        ),
-        (
-            "import sys\nsys.modules['crc32c'] = None\n",
-            "cannot import the toolkit (import of crc32c halted",
-        ),
+        (VERSION.format(minor=OTHER), f"has python 3.{OTHER}, the build has 3.{MINOR}"),
+        (VERSION.format(minor=99), "cannot import the toolkit (Python 3.11 to 3.14 is required, t"),
+        ("m.version = lambda name, f=m.version: f(name) if name != 'av' else '0'", "has av 0, the"),
+        ("m.distribution = lambda n, f=m.distribution: f(n.replace('av', '0'))", "lacks av, the "),
+        ("sys.modules['crc32c'] = None", "cannot import the toolkit (import of crc32c halted"),
     ],
 )
 def test_worker_that_lacks_a_package_is_named(own_cluster, data_dir, preload, what):
-    own_cluster.add_worker(preload)
+    own_cluster.add_worker(f"import sys, importlib.metadata as m\n{preload}\n")
     line = refusal_of(run(data_dir, "--scheduler", own_cluster.address))
     assert f" on {socket.gethostname()} {what}" in line
     assert how_to_start(own_cluster) in line

@@ -40,16 +40,11 @@ def clips(tmp_path_factory):
     return folder
 
 
-def task_of(path, audio_dir, names, split, **options):
+def task_of(path, audio_dir, names, split):
     members = [(str(number), name, bytes([number % 2, 1])) for number, name in enumerate(names)]
-    options = {
-        "sample_rate": 8000,
-        "num_samples": 4000,
-        "stop": None,
-        "decoder": "av",
-        "encoding": "float32",
-    } | options
-    return ShardTask(path=path, split=split, audio_dir=audio_dir, clips=members, **options)
+    sizes = {"sample_rate": 8000, "num_samples": 4000, "stop": None}
+    where = {"path": path, "split": split, "audio_dir": audio_dir, "clips": members}
+    return ShardTask(**where, **sizes, decoder="av", encoding="float32")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -150,11 +145,8 @@ def test_notebook_measures_the_level_of_a_long_clip_over_its_parts(tmp_path, cli
     (source,) = [
         "".join(cell["source"]) for cell in cells if "def measure_levels" in "".join(cell["source"])
     ]
-    (function,) = [
-        statement
-        for statement in ast.parse(source).body
-        if getattr(statement, "name", None) == "measure_levels"
-    ]
+    body = ast.parse(source).body
+    (function,) = [one for one in body if getattr(one, "name", None) == "measure_levels"]
     names = ["sound.mp3", "long.mp3", "sound.mp3"]
     monkeypatch.setattr(audio, "PART_SAMPLES", 30_000)
     path = tmp_path / "tfrecord" / shard_name("test", 0, 1)
@@ -191,12 +183,8 @@ def test_stop_is_29_s_by_default(data_dir, capsys):
     manifest_path = data_dir / "tfrecord" / "manifest.json"
     manifest = read_manifest(manifest_path)
     assert manifest["options"]["stop"] == 29
-    lengths = {
-        len(clip.segments)
-        for split in open_dataset(data_dir).splits.values()
-        for clip in read_clips(split.shards)
-    }
-    assert max(lengths) == 58
+    paths = [path for split in open_dataset(data_dir).splits.values() for path in split.shards]
+    assert max(len(clip.segments) for clip in read_clips(paths)) == 58
     expected = manifest_path.read_bytes()
 
     # A build of an earlier version, which did not record the option, can be resumed.

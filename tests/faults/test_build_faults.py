@@ -5,8 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -18,7 +16,6 @@ from toolkit.errors import ShardError
 import numpy as np
 import pytest
 from builds import (
-    SCRIPT,
     SHARDS,
     arguments,
     build,
@@ -32,7 +29,7 @@ from builds import (
     wait_until,
     workers_of,
 )
-from conftest import needs_proc
+from conftest import needs_proc, run_python
 
 TWO_WORKERS = ("--num-workers", "2")
 
@@ -198,13 +195,7 @@ def test_error_that_cannot_be_pickled_or_unpickled_keeps_its_message(data_dir, t
         if __name__ == "__main__":
             sys.exit(build_mtt.main(sys.argv[1:]))
     """)
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments(data_dir, "--num-workers", "1")],
-        env=os.environ | {"PYTHONPATH": str(SCRIPT.parent)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_python(script, *arguments(data_dir, "--num-workers", "1"), timeout=60)
     assert done.returncode == 1
     assert "RuntimeError: OddError: utterly odd\n" in done.stderr
     assert "in make_shard" in done.stderr  # the worker's traceback

@@ -57,17 +57,12 @@ class TrainingProcess:
         return self.process.returncode
 
 
+FAILING = [("ckpt-e000", 0), ("resume.keras", 0), ("ckpt-e001", 1), ("resume.keras", 1)]
+FAILING += [("training.csv", 1)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("failing", "epoch"),
-    [
-        ("ckpt-e000", 0),
-        ("resume.keras", 0),
-        ("ckpt-e001", 1),
-        ("resume.keras", 1),
-        ("training.csv", 1),
-    ],
-)
+@pytest.mark.parametrize(("failing", "epoch"), FAILING)
 def test_a_write_that_fails_loses_nothing(
     tiny_dataset, trained, tmp_path, capsys, monkeypatch, failing, epoch
 ):

@@ -114,10 +114,8 @@ def test_most_tags_have_three_positives_and_negatives_in_every_split(seed):
     clips = plan_clips(seed=seed)
     scored = set(MTT_TOP_TAGS)
     for folders in SPLIT_FOLDERS.values():
-        num_clips, count = (
-            sum(clip.mp3_path[0] in folders for clip in clips),
-            count_tags(clips, folders),
-        )
+        num_clips = sum(clip.mp3_path[0] in folders for clip in clips)
+        count = count_tags(clips, folders)
         scored &= {tag for tag in scored if 3 <= count[tag] <= num_clips - 3}
     assert len(scored) >= 40
     assert 3 <= sum(not clip.tags & set(MTT_TOP_TAGS) for clip in clips) <= 8
@@ -150,9 +148,8 @@ def test_invalid_numbers_are_usage_errors(tmp_path, capsys, option):
 def test_error_names_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert make(tmp_path / "file") == 2
-    assert f"--out {tmp_path / 'file'}: {tmp_path / 'file'} is not a folder" in (
-        capsys.readouterr().err
-    )
+    said = f"--out {tmp_path / 'file'}: {tmp_path / 'file'} is not a folder"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

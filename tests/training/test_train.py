@@ -26,7 +26,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import run_python
-from shards import remove_split
+from shards import published_shards, remove_split
 from training_runs import (
     COLUMNS,
     ONE_EPOCH,
@@ -244,13 +244,11 @@ def test_picture_is_drawn_after_every_epoch_and_may_fail(penalised):
     assert said.count(f"{log / 'training.png'}: cannot be drawn: no colours\n") == 1
 
 
-def test_published_shards(golden, tmp_path):
+def test_published_shards(tmp_path):
     """Shards without a manifest can be trained on, and the result can be evaluated."""
     import eval as eval_script
 
-    folder = tmp_path / "data" / "tfrecord"
-    shutil.copytree(golden / "tfrecord", folder)
-    shutil.copy(folder / "train-0000-of-0001.tfrecord", folder / "val-0000-of-0001.tfrecord")
+    published_shards(tmp_path / "data")
     assert train.main(arguments(tmp_path / "data", tmp_path / "log", *ONE_EPOCH)) == 0
     (row,) = history_of(tmp_path / "log" / "0")
     assert np.isfinite(row["val_loss"])
@@ -369,9 +367,7 @@ def test_dropout_and_weight_decay_may_change(tiny_dataset, trained, log, capsys)
 @pytest.mark.slow
 def test_published_log_folder(golden, tmp_path, capsys):
     """The next stage starts from a published checkpoint; its own stage continues from it."""
-    folder = tmp_path / "data" / "tfrecord"
-    shutil.copytree(golden / "tfrecord", folder)
-    shutil.copy(folder / "train-0000-of-0001.tfrecord", folder / "val-0000-of-0001.tfrecord")
+    published_shards(tmp_path / "data")
     log = tmp_path / "log"
     (log / "0").mkdir(parents=True)
     published = log / "0" / "ckpt-e003-l0.1234.hdf5"
