@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_cli import SCRIPTS, module_name
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -77,15 +78,6 @@ def script_call(words: list[str]) -> tuple[str, list[str]] | None:
     return None
 
 
-def script_modules() -> list[str]:
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
-    return [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for path in paths
-        if "def build_parser" in path.read_text(encoding="utf-8")
-    ]
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_fence_is_closed_and_every_mark_is_known_and_stands_before_a_block(page):
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -128,8 +120,9 @@ def test_options_of_commands_are_those_of_their_scripts(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_options_named_in_prose_belong_to_a_script(page):
     known = set()
-    for module in script_modules():
-        known.update(importlib.import_module(module).build_parser()._option_string_actions)
+    for script in SCRIPTS:
+        parser = importlib.import_module(module_name(script)).build_parser()
+        known.update(parser._option_string_actions)
     ours = [span for span in spans(page) if span.startswith("--") or ".py " in span]
     named = {option for span in ours for option in re.findall(r"(?<!\S)--[a-z-]+", span)}
     assert named <= known

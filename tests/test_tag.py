@@ -21,11 +21,11 @@ from toolkit.models.checkpoints import Checkpoint, load, save
 from toolkit.models.export import export
 from toolkit.provenance import describe
 
-import keras
 import matplotlib.image
 import numpy as np
 import pytest
 from conftest import encode_audio, run_python, synthesise
+from model_files import matched_checkpoint
 from test_eval import published_stage
 
 SEGMENT = 59049
@@ -36,16 +36,8 @@ TAGS = ("guitar", "slow", "naïve ♪", 'a,b"c', "$x$ $", "drums")
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     """Save a small network with random weights whose outputs depend on the audio."""
-    config = NetworkConfig(block="res", init_features=4, num_tags=len(TAGS))
-    network = build_network(config)
-    for layer in network.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0  # one batch sets the statistics
-    random = np.random.default_rng(0)
-    levels = np.linspace(0.01, 0.2, 4)[:, np.newaxis]
-    network(random.normal(0, levels, (4, SEGMENT)).astype("f"), training=True)
     path = tmp_path_factory.mktemp("model") / "small.keras"
-    save(path, Checkpoint(network, config, TAGS, RATE))
+    save(path, matched_checkpoint("res", TAGS, RATE))
     return path
 
 

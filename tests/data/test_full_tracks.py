@@ -5,7 +5,6 @@ import importlib
 import json
 import textwrap
 
-import build_mtt
 from input_data import open_dataset, read_clips
 from toolkit import tagging
 from toolkit.data import audio, shards
@@ -15,6 +14,7 @@ from toolkit.data.shards import ShardTask, make_shard
 
 import numpy as np
 import pytest
+from builds import build, refusal
 from conftest import (
     ROOT,
     encode_audio,
@@ -173,11 +173,6 @@ def source(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("source"), seconds=(3, 32, 3, 31, 3))
 
 
-def build(data_dir, *options):
-    quick = ["--sample-rate", "8000", "--num-samples", "4000", "--num-workers", "2"]
-    return build_mtt.main(["--data-dir", str(data_dir), *quick, *options])
-
-
 def test_stop_is_29_s_by_default(data_dir, capsys):
     assert build(data_dir) == 0
     manifest_path = data_dir / "tfrecord" / "manifest.json"
@@ -193,12 +188,12 @@ def test_stop_is_29_s_by_default(data_dir, capsys):
     assert build(data_dir, "--stop", "29") == 0
     assert manifest_path.read_bytes() == expected
     capsys.readouterr()
-    assert build(data_dir, "--stop", "none") == 1
-    assert "--stop was 29, now none: use the same options" in capsys.readouterr().err
+    line = refusal(capsys, data_dir, "--stop", "none")
+    assert "--stop was 29, now none: use the same options" in line
 
 
 @pytest.mark.parametrize("stop", ["none", "2.25"])
-def test_audio_is_cut_at_stop(data_dir, capsys, stop):
+def test_audio_is_cut_at_stop(data_dir, stop):
     assert build(data_dir, "--stop", stop) == 0
     dataset = open_dataset(data_dir)
     seconds = None if stop == "none" else float(stop)
@@ -215,9 +210,8 @@ def test_audio_is_cut_at_stop(data_dir, capsys, stop):
 
 
 def test_stop_that_leaves_no_segment_is_refused(data_dir, capsys):
-    assert build(data_dir, "--stop", "0.4") == 2
-    said = capsys.readouterr().err
-    assert "--stop 0.4: shorter than one segment of 4000 samples, 0.5 s at 8000 Hz" in said
+    line = refusal(capsys, data_dir, "--stop", "0.4", status=2)
+    assert "--stop 0.4: shorter than one segment of 4000 samples, 0.5 s at 8000 Hz" in line
     assert not (data_dir / "tfrecord").exists()
 
 

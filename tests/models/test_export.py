@@ -4,13 +4,11 @@ import dataclasses
 import json
 import sys
 import zipfile
-from functools import cache
+from functools import partial
 
-from model import build_network
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.errors import ExportError, UsageError
 from toolkit.models import export as exports
-from toolkit.models.checkpoints import Checkpoint
 from toolkit.models.config import NetworkConfig
 from toolkit.models.onnx_graph import describe
 
@@ -21,6 +19,8 @@ import pytest
 from model_files import (
     GOLDEN_NAMES,
     TAGS,
+    matched_checkpoint,
+    noise,
     published_checkpoint,
     published_segments,
 )
@@ -68,29 +68,9 @@ def read_description(path):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-@cache
-def matched_checkpoint(block="se"):
-    """Return a network with random weights and matching batch statistics; do not change it.
-
-    The numbers of frames are not multiples of 3, so pooling drops the last frames.
-    """
-    sizes = {"init_features": 3, "alpha": 2, "num_tags": len(TAGS), "num_samples": 60_000}
-    config = NetworkConfig(block=block, **sizes)
-    network = build_network(config)
-    random = np.random.default_rng(0)
-    for layer in network.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.gamma.assign(random.uniform(0.5, 1.5, layer.gamma.shape))
-            layer.beta.assign(random.uniform(-0.5, 0.5, layer.beta.shape))
-            layer.momentum = 0.0  # one batch sets the statistics
-    network(noise(5), training=True)
-    return Checkpoint(network, config, TAGS, 16000)
-
-
-def noise(num_segments):
-    random = np.random.default_rng(1)
-    levels = np.linspace(0.1, 0.6, num_segments)[:, np.newaxis]
-    return random.normal(0, levels, (num_segments, 60_000)).astype("f")
+# The numbers of frames are not multiples of 3, so pooling drops the last frames.
+NUM_SAMPLES = 60_000
+network_of = partial(matched_checkpoint, num_samples=NUM_SAMPLES)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +103,13 @@ def test_onnxruntime_computes_the_published_outputs(golden, tmp_path, name):
 def test_exports_equal_the_network_at_any_batch_size(tmp_path, block, suffix):
     if suffix == ".tflite":
         pytest.importorskip("ai_edge_litert")
-    checkpoint = matched_checkpoint(block)
+    checkpoint = network_of(block)
     path = tmp_path / f"model{suffix}"
     write_earlier_export(path)
     assert 0 <= exports.export(path, checkpoint) <= exports.TOLERANCE
     assert read_description(path) == describe(checkpoint)
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
-    segments = noise(5)
+    segments = noise(5, NUM_SAMPLES)
     expected = keras.ops.convert_to_numpy(checkpoint.network(segments, training=False))
     assert np.ptp(expected, axis=0).max() > 0.01
     run = RUN[suffix](path)
@@ -140,7 +120,7 @@ def test_exports_equal_the_network_at_any_batch_size(tmp_path, block, suffix):
 
 
 def test_onnx_names_its_inputs_and_outputs(tmp_path):
-    checkpoint = matched_checkpoint()
+    checkpoint = network_of()
     exports.export(tmp_path / "model.onnx", checkpoint)
     session = onnxruntime.InferenceSession(
         str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"]
@@ -173,15 +153,15 @@ def test_an_export_that_differs_is_not_written(tmp_path, monkeypatch, array, err
 
     monkeypatch.setattr(exports, "build_onnx", spoilt)
     with pytest.raises(ExportError, match=f"not written: its outputs differ .* by {found}"):
-        exports.export(path, matched_checkpoint())
+        exports.export(path, network_of())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_layer_without_onnx_operator_is_refused(tmp_path):
-    network = matched_checkpoint().network
+    network = network_of().network
     output = keras.layers.Softmax(name="odd")(network.output)
     network = keras.Model(network.input, output)
-    checkpoint = dataclasses.replace(matched_checkpoint(), network=network)
+    checkpoint = dataclasses.replace(network_of(), network=network)
     with pytest.raises(ExportError, match="layer odd: no ONNX operator for Softmax"):
         exports.export(tmp_path / "model.onnx", checkpoint)
     assert not list(tmp_path.iterdir())
@@ -193,7 +173,7 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path):
     path.mkdir()
     (path / "song.mp3").touch()
     with pytest.raises(ExportError, match="exists and is not a SavedModel"):
-        exports.export(path, matched_checkpoint())
+        exports.export(path, network_of())
     assert [found.name for found in tmp_path.rglob("*")] == ["music.savedmodel", "song.mp3"]
 
 
@@ -208,7 +188,7 @@ def test_a_full_disk_keeps_the_earlier_savedmodel(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tf.saved_model, "save", fail)
     with pytest.raises(OSError, match="No space left on device") as caught:
-        exports.export(path, matched_checkpoint())
+        exports.export(path, network_of())
     assert caught.value.filename == str(path)
     assert [found.name for found in tmp_path.rglob("*")] == ["model.savedmodel", "saved_model.pb"]
 
@@ -217,7 +197,7 @@ def test_a_full_disk_keeps_the_earlier_savedmodel(tmp_path, monkeypatch):
 def test_savedmodel_and_litert_need_the_tensorflow_backend(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(UsageError, match="needs the TensorFlow backend, this is jax"):
-        exports.export(tmp_path / f"model{suffix}", matched_checkpoint())
+        exports.export(tmp_path / f"model{suffix}", network_of())
 
 
 @pytest.mark.parametrize(
@@ -226,4 +206,4 @@ def test_savedmodel_and_litert_need_the_tensorflow_backend(tmp_path, monkeypatch
 def test_a_missing_library_is_named(tmp_path, monkeypatch, suffix, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UsageError, match=rf"{library} is not installed.*requirements/export\.txt"):
-        exports.export(tmp_path / f"model{suffix}", matched_checkpoint())
+        exports.export(tmp_path / f"model{suffix}", network_of())

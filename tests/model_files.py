@@ -39,6 +39,29 @@ def published_segments():
     return np.concatenate([clip.segments for clip in read_clips(paths)])
 
 
+def noise(num_segments, num_samples):
+    levels = np.linspace(0.1, 0.6, num_segments)[:, np.newaxis]
+    return np.random.default_rng(1).normal(0, levels, (num_segments, num_samples)).astype("f")
+
+
+@cache
+def matched_checkpoint(block="se", tags=TAGS, sample_rate=16000, **options):
+    """Return a small network whose batch statistics match its random weights; do not change it."""
+    import keras
+
+    sizes = {"init_features": 3, "alpha": 2, "num_tags": len(tags)}
+    config = NetworkConfig(**{"block": block} | sizes | options)
+    network = build_network(config)
+    random = np.random.default_rng(0)
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.gamma.assign(random.uniform(0.5, 1.5, layer.gamma.shape))
+            layer.beta.assign(random.uniform(-0.5, 0.5, layer.beta.shape))
+            layer.momentum = 0.0  # one batch sets the statistics
+    network(noise(5, config.num_samples), training=True)
+    return Checkpoint(network, config, tags, sample_rate)
+
+
 def small_checkpoint(block="se", seed=0, **options):
     """Return a small network with random weights and random batch statistics."""
     config = NetworkConfig(
