@@ -342,13 +342,6 @@ def test_dataset_without_test_clips_is_refused(tiny_dataset, model_path, tmp_pat
     assert "no test clips" in refused(capsys, 2, model_path, "--data-dir", data_dir)
 
 
-@pytest.mark.parametrize("arguments", [[], ["model.keras", "--batch-size", "0"]])
-def test_invalid_commands_print_the_usage(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        eval_script.main(arguments)
-    assert "usage: " in capsys.readouterr().err
-
-
 def test_tags_may_have_the_names_of_columns(tmp_path):
     labels = np.array([[0, 1], [1, 0], [0, 1], [1, 1]], np.uint8)
     clips = [

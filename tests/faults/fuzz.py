@@ -5,6 +5,7 @@ mutant must return a result or raise a `ToolkitError`, within the limits below. 
 the reading process is recorded, and a new process continues with the next one.
 """
 
+import copy
 import gc
 import io
 import json
@@ -95,7 +96,7 @@ def mutate_json(content: bytes, draw: random.Random) -> bytes:
             if draw.random() < 0.5:
                 owner[draw.choice(("", "format", "x", "network", "tags"))] = value
         else:
-            owner[key] = draw.choice(_ODD_VALUES)
+            owner[key] = copy.deepcopy(draw.choice(_ODD_VALUES))  # may be changed in the next step
     return json.dumps(document).encode()
 
 
