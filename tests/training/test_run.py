@@ -18,6 +18,7 @@ from toolkit.training.run import CHANGES
 import numpy as np
 import pytest
 from conftest import ROOT
+from model_files import rewrite_member
 from shards import write_shard
 from training_runs import ONE_EPOCH, TWO_STAGES, arguments, edit_state, history_of, names_in
 
@@ -162,8 +163,10 @@ def test_missing_earlier_stage_is_refused(tiny_dataset, log, capsys):
 
 
 def test_stage_of_another_training_is_refused(tiny_dataset, log, capsys):
-    shutil.rmtree(log / "0")
-    shutil.copytree(log / "1", log / "0")
+    path = log / "0" / "resume.keras"
+    description = checkpoints.read_description(path)
+    description["training"]["state"]["best_loss"] += 0.01
+    rewrite_member(path, "network.json", json.dumps(description))
     assert train.main(arguments(tiny_dataset, log, *TWO_STAGES)) == 2
     assert f"{log / '1'}: was trained from a checkpoint with validation" in capsys.readouterr().err
     shutil.rmtree(log / "0")
