@@ -306,6 +306,16 @@ def test_other_options_are_refused(capsys, finished, data_dir, is_finished):
     assert files() == before
 
 
+def test_damaged_progress_is_refused_and_without_options_ignored(capsys, finished, data_dir):
+    shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
+    progress = data_dir / "tfrecord" / ".progress"
+    progress.mkdir()
+    (progress / "options.json").write_text("{")
+    assert f"delete {progress} and build the shards again" in refusal(capsys, data_dir)
+    (progress / "options.json").rename(progress / "val-0000-of-0001.tfrecord.json")
+    assert build(data_dir) == 0
+
+
 def test_changed_annotations_are_refused(capsys, finished, data_dir):
     shutil.copytree(finished[0] / "tfrecord", data_dir / "tfrecord")
     with open(data_dir / "annotations_final.csv", "a") as file:

@@ -46,9 +46,11 @@ def check_data_dir(data_dir: str | Path) -> None:
     Raises
     ------
     UsageError
-        The folder itself contains shards.
+        The folder itself contains shards, or is a file.
     """
     data_dir = Path(data_dir)
+    if exists(data_dir) and not data_dir.is_dir():
+        raise UsageError(f"--data-dir {data_dir}: not a folder")
     names = os.listdir(data_dir) if exists(data_dir) else []
     if any(_SHARD_NAME.fullmatch(name) for name in names):
         raise UsageError(
@@ -111,6 +113,14 @@ def find_shards(folder: Path) -> dict[str, list[Path]]:
 # --- Manifest ------------------------------------------------------------------------------------
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        what_to_do = f"delete {path.parent} and build the shards again"
+        raise ShardError(f"{path}: not a JSON object ({error}): {what_to_do}") from None
+
+
 def read_manifest(path: str | Path) -> dict:
     """Read ``manifest.json``.
 
@@ -131,11 +141,8 @@ def read_manifest(path: str | Path) -> dict:
     ShardError
         The file is not a manifest of a known format.
     """
-    try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ShardError(f"{path}: not JSON ({error}): build the shards again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+    manifest = _read_json(Path(path))
+    if manifest.get("format") != MANIFEST_FORMAT:
         raise ShardError(
             f"{path}: not a manifest of format {MANIFEST_FORMAT}: build the shards again"
         )
@@ -287,7 +294,7 @@ def check_options(folder: Path, options: dict, unrecorded: dict, tables: list[Pa
     # An interrupted build recorded its options here, a finished one in the manifest.
     path = folder / _PROGRESS_FOLDER / _OPTIONS_NAME
     if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = _read_json(path)
     elif (folder / MANIFEST_NAME).exists():
         manifest = read_manifest(folder / MANIFEST_NAME)
         earlier = {"tags": manifest["tags"]} | manifest.get("options", {})
@@ -378,8 +385,10 @@ def read_progress(folder: Path, shard_of: dict[str, str]) -> dict[str, dict]:
             if name in entries:
                 entries[name]["skipped"].append(row)
     # Newer than the manifest: shards that an interrupted build has built again.
-    for path in (folder / _PROGRESS_FOLDER).glob("*.tfrecord.json"):
-        entry = json.loads(path.read_text(encoding="utf-8"))
+    progress = folder / _PROGRESS_FOLDER
+    # Without its options, it is not known what was built.
+    for path in progress.glob("*.tfrecord.json") if (progress / _OPTIONS_NAME).exists() else ():
+        entry = _read_json(path)
         entries[entry["name"]] = entry
     return entries
 
