@@ -228,7 +228,7 @@ def test_excitations_of_segments_are_compared_with_loudness(run_until, tmp_path)
     np.testing.assert_allclose(lines[["slope", "intercept"]], [e[0] for e in expected], atol=1e-6)
     np.testing.assert_allclose(lines["error"], [e[1][0] / 30 for e in expected], atol=1e-8)
     figure = plt.figure(plt.get_fignums()[-1])
-    assert figure.get_suptitle() == "depth 0 (of segments: d, 2 clips)"
+    assert figure.get_suptitle() == "depth 0, 30 segments (of segments: d, 2 clips)"
     shown = [axes.get_title().split("\n")[0] for axes in figure.axes]
     assert shown[0] == "mean of 4 channels"
     names = ("most positive", "most negative", "most neutral", "least error")
