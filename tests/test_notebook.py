@@ -142,6 +142,9 @@ def test_another_table_is_refused_by_name(run_until, tmp_path):
     path = write_table(tmp_path / "some.pkl", make_table().drop(columns="depth"))
     with pytest.raises(ValueError, match=r"some\.pkl: expected the columns ex and depth, then one"):
         run_until("load", EXCITATIONS=path)
+    (tmp_path / "some.pkl").write_text("clip_id,mp3_path,ex,depth\n")
+    with pytest.raises(ValueError, match=r"some\.pkl: not a table of excitations: "):
+        run_until("load", EXCITATIONS=path)
 
 
 def test_a_missing_table_is_named(run_until, tmp_path, monkeypatch):
