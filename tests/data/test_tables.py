@@ -1,6 +1,7 @@
 """Your own tables: builds from every form, variants of a table, and invalid tables."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -270,6 +271,15 @@ def test_columns_that_are_not_tags_can_be_excluded(tmp_path):
     assert "columns that are not tags: 'live'" in notes  # another notation than that of the others
     clips, _ = read_tables([path], form=TableForm(exclude_columns=["is_train"]))
     assert clips.tags == ("rock",)
+
+
+def test_a_pipe_is_refused():
+    end, start = os.pipe()
+    os.write(start, (HEADER + ROWS).encode())
+    os.close(start)
+    with pytest.raises(AnnotationsError, match=f"/dev/fd/{end}: is a pipe: save the table as"):
+        read_tables([f"/dev/fd/{end}"])
+    os.close(end)
 
 
 def test_odd_tags_are_noted(tmp_path):

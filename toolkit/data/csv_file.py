@@ -2,6 +2,7 @@
 
 import codecs
 import csv
+import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def _read(path: Path) -> Table:
         raise AnnotationsError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise AnnotationsError(f"{path}: is a folder, not a table") from None
+    except io.UnsupportedOperation:  # a build that is resumed reads the tables again
+        raise AnnotationsError(f"{path}: is a pipe: save the table as a file") from None
     except UnicodeError:
         raise AnnotationsError(
             f"{path}: row {_first_row_not_utf8(path)}: not UTF-8: {_SAVE_AS}"
