@@ -99,11 +99,11 @@ def open_dataset(data_dir: str | Path) -> Dataset:
     AnnotationsError
         There is no manifest and the tags are unknown.
     """
-    data_dir = Path(data_dir)
-    folder = data_dir / SHARD_FOLDER
     check_data_dir(data_dir)
+    given, data_dir = data_dir, Path(data_dir)
+    folder = data_dir / SHARD_FOLDER
     if not exists(folder) and not exists(data_dir / ANNOTATIONS_NAME):
-        raise missing_dataset(data_dir)
+        raise missing_dataset(given)  # Path would drop a slash of an address
     shards = find_shards(folder) if exists(folder) else {}
     if not any(shards.values()):
         raise ShardError(

@@ -71,6 +71,15 @@ def test_error_is_one_line_and_an_exit_status(capsys, error, exit_status, messag
     assert capsys.readouterr() == ("", f"thing.py: error: {message}\n")
 
 
+def test_an_empty_value_is_refused(capsys):
+    parser = new_parser()
+    parser.add_argument("--data-dir")
+    parser.add_argument("audio", nargs="*")
+    for words, name in ((["--data-dir", ""], "data-dir"), (["a.mp3", ""], "audio")):
+        assert cli.run(lambda arguments: 0, parser.parse_args(words)) == 2
+        assert capsys.readouterr().err == f"thing.py: error: {name}: the value is empty\n"
+
+
 def test_ctrl_c_is_named_even_if_a_library_replaces_its_exception(capsys):
     def script(arguments):
         try:

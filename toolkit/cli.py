@@ -311,6 +311,7 @@ def run(script: Callable[[argparse.Namespace], int | None], arguments: argparse.
         sys.stdout.reconfigure(errors="replace")  # any tag can be printed, as on stderr
     with interrupts_recorded() as was_interrupted:
         try:
+            _check_not_empty(arguments)
             return script(arguments) or 0
         except BrokenPipeError:
             # The program that reads stdout, such as head, has exited. Redirect stdout so that the
@@ -327,6 +328,13 @@ def run(script: Callable[[argparse.Namespace], int | None], arguments: argparse.
             exit_status, message = found
             say(f"{Path(sys.argv[0]).name}: error: {message}")
             return exit_status
+
+
+def _check_not_empty(arguments: argparse.Namespace) -> None:
+    # Such as "$REPORT" of a shell in which the variable is not set: not the current folder.
+    for name, value in vars(arguments).items():
+        if "" in (value if isinstance(value, list) else [value]):
+            raise UsageError(f"{name.replace('_', '-')}: the value is empty")
 
 
 def _describe(error: BaseException, arguments: argparse.Namespace) -> tuple[int, str] | None:

@@ -61,7 +61,8 @@ class PaperOptions:
         "./paper", "folder for networks and results", group="data and output", metavar="PATH"
     )
     networks: tuple[str, ...] = option(
-        tuple(NETWORKS), f"networks to train, of {', '.join(NETWORKS)}", shown="all",
+        tuple(NETWORKS), "networks to train, and to show in tables and figures, of "
+        f"{', '.join(NETWORKS)}", shown="all",
         group="networks to train", choices=NETWORKS, nargs="+", metavar="NETWORK",
     )
     seeds: tuple[int, ...] = option(

@@ -107,6 +107,13 @@ def test_changes_that_would_have_no_effect_are_refused(
     assert {path: path.stat().st_mtime_ns for path in log.rglob("*")} == before
 
 
+def test_a_lowered_limit_leaves_finished_stages_as_they_are(tiny_dataset, log, capsys):
+    assert train.main(arguments(tiny_dataset, log, *TWO_STAGES, "--max-epochs", 1)) == 0
+    said = capsys.readouterr().err
+    assert "--max-epochs was 2, now 1: finished stages stay as they are\n" in said
+    assert said.count("already finished") == 2
+
+
 def test_folder_without_a_finished_epoch_accepts_any_options(
     tiny_dataset, log, capsys, monkeypatch
 ):

@@ -28,6 +28,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 _NEXT = "used from the next epoch"
 _NOW = "used from now on"
+_KEPT = "finished stages stay as they are"
 _SAME = "used from now on; results stay the same"
 _ROUNDING = "used from now on; results differ by rounding"
 # What a changed option means while stages are left to train, and when all stages are finished.
@@ -48,9 +49,9 @@ CHANGES = {
     "lr_decay": (f"{_NEXT} of a stage after 0", None),
     "seed": (f"{_NEXT} for shuffling and dropout; the initial weights are kept", None),
     "mixed_precision": (_NEXT, None),
-    "patience": (_NOW, _NOW),
-    "max_epochs": (_NOW, _NOW),
-    "num_lr_decays": (_NOW, _NOW),
+    "patience": (_NOW, _KEPT),
+    "max_epochs": (_NOW, _KEPT),
+    "num_lr_decays": (_NOW, _KEPT),
     "jit": (_ROUNDING, _ROUNDING),
     "distribute": (_ROUNDING, _ROUNDING),
     "device_cache": (_SAME, _SAME),
