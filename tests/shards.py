@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from input_data import Clip
 from toolkit.data.manifest import shard_name, write_manifest
-from toolkit.data.records import encode_clip, index_records, write_records
+from toolkit.data.records import append_records, encode_clip, index_records
 
 import numpy as np
 from conftest import GOLDEN
@@ -27,6 +27,11 @@ def make_clips(num_clips=3, num_samples=NUM_SAMPLES, num_tags=NUM_TAGS, seed=0):
         labels = random.integers(0, 2, num_tags).astype(np.uint8)
         clips.append(Clip(segments, labels, str(100 + number), f"0/clip-{number}.mp3"))
     return clips
+
+
+def write_records(path, records):
+    with open(path, "wb") as file:
+        append_records(file, records)
 
 
 def write_shard(path, clips=None, split=None):

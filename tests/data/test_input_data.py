@@ -11,7 +11,7 @@ from toolkit.data import audio
 from toolkit.data.annotations import MTT_TOP_TAGS
 from toolkit.data.example_pb2 import Example, Features
 from toolkit.data.manifest import shard_name
-from toolkit.data.records import encode_clip, index_records, write_records
+from toolkit.data.records import encode_clip, index_records
 from toolkit.errors import AnnotationsError, ShardError, UsageError
 
 import numpy as np
@@ -26,6 +26,7 @@ from shards import (
     assert_same_clips,
     make_clips,
     write_published_shards,
+    write_records,
     write_shard,
 )
 

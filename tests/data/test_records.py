@@ -2,12 +2,19 @@
 
 from input_data import Clip, read_clips
 from toolkit.data.manifest import shard_name
-from toolkit.data.records import encode_clip, index_records, read_records, write_records
+from toolkit.data.records import encode_clip, index_records, read_records
 from toolkit.errors import ShardError
 
 import numpy as np
 import pytest
-from shards import TEST_SHARD, TRAIN_SHARD, assert_same_clips, make_clips, write_shard
+from shards import (
+    TEST_SHARD,
+    TRAIN_SHARD,
+    assert_same_clips,
+    make_clips,
+    write_records,
+    write_shard,
+)
 
 # --- Compatibility with TensorFlow and the published program --------------------------------------
 

@@ -123,7 +123,7 @@ def mutate_keras(content: bytes, draw: random.Random) -> bytes:
 
 def mutate_shard(content: bytes, draw: random.Random) -> bytes:
     """Damage a shard, or its records before their checksums are computed."""
-    from toolkit.data.records import index_records, write_records
+    from toolkit.data.records import append_records, index_records
 
     if draw.random() < 0.4:
         return mutate_bytes(content, draw)
@@ -142,7 +142,8 @@ def mutate_shard(content: bytes, draw: random.Random) -> bytes:
                 del records[place]
             else:
                 records.insert(place, draw.choice(records))
-        write_records(path, records)
+        with open(path, "wb") as file:
+            append_records(file, records)
         return path.read_bytes()
 
 

@@ -27,7 +27,6 @@ from typing import BinaryIO
 from toolkit.data.clip import Clip
 from toolkit.data.example_pb2 import Example, Features, SequenceExample
 from toolkit.errors import ShardError
-from toolkit.files import written_whole
 
 import crc32c
 import numpy as np
@@ -140,12 +139,6 @@ def read_record(
     if _masked_crc(content) != _FOOTER.unpack_from(record, length)[0]:
         raise _damaged(path, number, _CHECKSUM_DIFFERS)
     return content
-
-
-def write_records(path: str | Path, records: Iterable[bytes]) -> None:
-    """Write a shard atomically."""
-    with written_whole(Path(path)) as file:
-        append_records(file, records)
 
 
 def append_records(file: BinaryIO, records: Iterable[bytes]) -> None:
