@@ -15,6 +15,7 @@ from toolkit.models import checkpoints
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from training_runs import (
     TWO_STAGES,
     arguments,
@@ -22,8 +23,6 @@ from training_runs import (
     assert_same_weights,
     history_of,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class TrainingProcess:

@@ -49,10 +49,11 @@ def check_data_dir(data_dir: str | Path) -> None:
         The folder itself contains shards, or is a file.
     """
     data_dir = Path(data_dir)
-    if exists(data_dir) and not data_dir.is_dir():
+    if not exists(data_dir):
+        return
+    if not data_dir.is_dir():
         raise UsageError(f"--data-dir {data_dir}: not a folder")
-    names = os.listdir(data_dir) if exists(data_dir) else []
-    if any(_SHARD_NAME.fullmatch(name) for name in names):
+    if any(map(_SHARD_NAME.fullmatch, os.listdir(data_dir))):
         raise UsageError(
             f"--data-dir {data_dir}: contains the shards themselves: give the folder above, "
             f"--data-dir {data_dir.absolute().parent}"
